@@ -1,0 +1,1 @@
+"""Losses, post-hoc methods, metrics and plots for calibration."""

@@ -1,0 +1,1 @@
+"""Shared ground: randomness, run folders, progress, devices."""

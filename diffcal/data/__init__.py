@@ -1,0 +1,1 @@
+"""Images, soft labels and the data sets built from them."""

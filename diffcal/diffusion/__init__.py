@@ -1,0 +1,1 @@
+"""Denoisers, noise schedules, samplers, training and checkpoints of diffusion models."""

@@ -1,0 +1,1 @@
+"""CSM: plan, generate and annotate images that lie between classes."""

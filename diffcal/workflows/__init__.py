@@ -1,0 +1,1 @@
+"""Stages and pipelines: from a configuration to artefacts on disk."""
