@@ -1,0 +1,1 @@
+"""Train-time losses: ``build_loss`` in ``registry`` makes one by name."""

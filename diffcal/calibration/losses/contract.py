@@ -1,0 +1,185 @@
+"""The contract every loss keeps: hard or soft targets, dense inputs, ignored rows, reductions.
+
+A loss is mathematics on rows: logits ``[n, k]`` in float32 or better and one target per row. This
+file turns what a caller passes into rows (:func:`as_rows`) and per-row values into what the caller
+asked for (:func:`reduce_rows`), so that a loss file holds only its formula.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffcal.errors import ConfigError, DataError
+
+__all__ = ["TARGET_TOLERANCE", "Reduction", "RowLoss", "Rows", "as_rows", "reduce_rows"]
+
+Reduction = Literal["none", "mean", "sum"]
+
+TARGET_TOLERANCE = 1e-4
+"""How far the sum of a soft target may be from 1."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Logits and targets as rows, whatever shape they came in."""
+
+    logits: Float[Tensor, "n k"]
+    """In float32, or float64 if they came so; never half precision."""
+    labels: Int[Tensor, " n"] | None
+    """Hard targets (ignored rows hold class 0), or None when targets are soft."""
+    soft: Float[Tensor, "n k"] | None
+    """Soft targets in the dtype of ``logits``, or None when targets are hard."""
+    kept: Bool[Tensor, " n"] | None
+    """False where a hard target is ``ignore_index``; None when all rows count."""
+    shape: tuple[int, ...]
+    """Shape of the per-example values that the caller expects."""
+
+    def distribution(self) -> Float[Tensor, "n k"]:
+        """Targets as distributions over classes; one-hot rows for hard ones."""
+        if self.soft is not None:
+            return self.soft
+        assert self.labels is not None
+        return F.one_hot(self.labels, self.logits.shape[1]).to(self.logits.dtype)
+
+
+def as_rows(
+    logits: Float[Tensor, "n k *d"],
+    targets: Tensor,
+    *,
+    ignore_index: int | None = None,
+    validate: bool = True,
+) -> Rows:
+    """Rows of logits ``[n, k]`` or dense logits ``[n, k, d1, ...]`` (class axis 1) and their targets.
+
+    Args:
+        logits: Half precision is raised to float32 before anything is computed.
+        targets: int64 of the logits' shape without the class axis, or floating of the logits' shape.
+        ignore_index: Hard targets of this value do not count.
+        validate: Check labels and soft rows (reads the values, which waits for a GPU).
+
+    Raises:
+        DataError: shapes do not fit, labels out of range, soft rows negative or not summing to 1.
+    """
+    if logits.ndim < 2:
+        raise DataError(f"logits must be [n, k] or [n, k, ...], got shape {list(logits.shape)}")
+    classes = logits.shape[1]
+    shape = (logits.shape[0], *logits.shape[2:])
+    z = logits.movedim(1, -1).reshape(-1, classes)
+    if z.dtype in (torch.float16, torch.bfloat16):
+        z = z.float()
+    if targets.is_floating_point():
+        if ignore_index is not None:
+            raise DataError("ignore_index goes with integer targets; these targets are soft")
+        if targets.shape != logits.shape:
+            raise DataError(
+                f"soft targets must have the logits' shape {list(logits.shape)}, "
+                f"got {list(targets.shape)}"
+            )
+        soft = targets.movedim(1, -1).reshape(-1, classes)
+        if validate:
+            _check_soft(soft)
+        return Rows(z, None, soft.to(z.dtype), None, shape)
+    if tuple(targets.shape) != shape:
+        raise DataError(
+            f"integer targets must have shape {list(shape)} for logits {list(logits.shape)}, "
+            f"got {list(targets.shape)}"
+        )
+    labels, kept = targets.reshape(-1).long(), None
+    if ignore_index is not None:
+        kept = labels != ignore_index
+        labels = torch.where(kept, labels, 0)
+    if validate and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}, "
+            f"but the logits have {classes} classes"
+        )
+    return Rows(z, labels, None, kept, shape)
+
+
+def reduce_rows(
+    values: Float[Tensor, " n"],
+    rows: Rows,
+    reduction: Reduction,
+    class_weight: Float[Tensor, " k"] | None = None,
+) -> Float[Tensor, "*d"]:
+    """Per-row values in the caller's shape, or their mean or sum over the rows that count.
+
+    With ``class_weight`` a row weighs ``sum_k q_k w_k`` (its class's weight for a hard target), and
+    the mean divides by the sum of these weights. ``mean`` over no row at all is 0.
+
+    Raises:
+        ConfigError: ``reduction`` is not one of none, mean, sum.
+    """
+    weight = None
+    if class_weight is not None:
+        w = class_weight.to(rows.logits)
+        weight = rows.soft @ w if rows.soft is not None else w[rows.labels]
+    if rows.kept is not None:
+        kept = rows.kept.to(values.dtype)
+        weight = kept if weight is None else weight * kept
+        values = torch.where(rows.kept, values, 0)  # an ignored row may hold infinity
+    if weight is not None:
+        values = values * weight
+    if reduction == "none":
+        return values.reshape(rows.shape)
+    if reduction == "sum":
+        return values.sum()
+    if reduction == "mean":
+        total = weight.sum() if weight is not None else values.new_tensor(float(len(values)))
+        return values.sum() / torch.where(total > 0, total, 1)
+    raise ConfigError(f"unknown reduction '{reduction}': use none, mean or sum")
+
+
+class RowLoss(nn.Module):
+    """Base of loss modules with one value per example: keeps reduction, ignored rows and weights.
+
+    A subclass names its own parameters in ``__init__`` and calls its function with
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        reduction: Reduction = "mean",
+        ignore_index: int | None = None,
+        class_weight: Float[Tensor, " k"] | None = None,
+        validate: bool = True,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("none", "mean", "sum"):
+            raise ConfigError(f"unknown reduction '{reduction}': use none, mean or sum")
+        self.reduction: Reduction = reduction
+        self.ignore_index = ignore_index
+        self.validate = validate
+        # not persistent: a classifier's checkpoint should not depend on its loss
+        self.register_buffer("class_weight", class_weight, persistent=False)
+
+    def contract(self) -> dict[str, Any]:
+        """Keyword arguments that every loss function takes."""
+        return {
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+            "class_weight": self.class_weight,
+            "validate": self.validate,
+        }
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+
+def _check_soft(soft: Float[Tensor, "n k"]) -> None:
+    if soft.numel() == 0:
+        return
+    sums = soft.detach().double().sum(dim=1)
+    worst = int((sums - 1).abs().nan_to_num(nan=float("inf")).argmax())
+    if not abs(float(sums[worst]) - 1) <= TARGET_TOLERANCE:
+        raise DataError(
+            f"soft targets must sum to 1 within {TARGET_TOLERANCE:g}; "
+            f"row {worst} sums to {float(sums[worst]):.6g}"
+        )
+    if float(soft.min()) < 0:
+        raise DataError(f"soft targets must not be negative, found {float(soft.min()):.6g}")

@@ -1,0 +1,254 @@
+"""Proper losses for soft targets, and the two-part objective of semantic mixing.
+
+With ``p = softmax(z)`` and a target distribution ``q`` (a one-hot row for a hard label):
+
+    cross-entropy     -sum_k q_k log p_k           gradient in z: p - q
+    KL(q || p)        sum_k q_k log(q_k / p_k)     the same gradient, lower by the entropy of q
+    squared error     sum_k (p_k - q_k)^2          gradient 2 p_k [(p_k - q_k) - sum_j p_j (p_j - q_j)]
+
+All three are minimised exactly at ``p = q``. They price unavoidable errors differently: near the
+optimum cross-entropy costs half of ``sum_k (p_k - q_k)^2 / q_k``, so an error on a near-certain
+example weighs more, while the squared error (multi-class Brier score) costs the same everywhere.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffcal.calibration.losses.contract import Reduction, RowLoss, as_rows, reduce_rows
+from diffcal.errors import ConfigError, DataError
+
+__all__ = [
+    "CrossEntropy",
+    "KlDivergence",
+    "Objective",
+    "SquaredError",
+    "cross_entropy",
+    "csm_objective",
+    "kl_divergence",
+    "squared_error",
+]
+
+
+def cross_entropy(
+    logits: Float[Tensor, "n k *d"],
+    targets: Tensor,
+    *,
+    smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    ignore_index: int | None = None,
+    class_weight: Float[Tensor, " k"] | None = None,
+    validate: bool = True,
+) -> Float[Tensor, "*r"]:
+    """Cross-entropy ``-sum_k q_k log p_k`` in nats, for hard or soft targets.
+
+    Args:
+        logits: ``[n, k]``, or dense ``[n, k, d1, ...]``; computed in float32 or better.
+        targets: int64 labels, or float distributions of the logits' shape.
+        smoothing: Label smoothing: the target becomes ``(1 - smoothing) q + smoothing / k``
+            (Szegedy et al. 2016, arXiv:1512.00567, section 7).
+        reduction: ``none`` gives ``[n, d1, ...]``.
+        ignore_index: Integer targets of this value do not count.
+        class_weight: Weight of each class, see
+            :func:`diffcal.calibration.losses.contract.reduce_rows`.
+        validate: Check the targets' values.
+
+    Raises:
+        DataError: targets do not fit the logits.
+        ConfigError: smoothing outside [0, 1], unknown reduction.
+    """
+    _check_smoothing(smoothing)
+    rows = as_rows(logits, targets, ignore_index=ignore_index, validate=validate)
+    log_p = F.log_softmax(rows.logits, dim=1)
+    if rows.labels is not None:
+        values = -log_p.gather(1, rows.labels[:, None])[:, 0]
+    else:
+        values = -_weighted_sum(rows.distribution(), log_p)
+    if smoothing:
+        values = (1 - smoothing) * values - smoothing * log_p.mean(dim=1)
+    return reduce_rows(values, rows, reduction, class_weight)
+
+
+def kl_divergence(
+    logits: Float[Tensor, "n k *d"],
+    targets: Tensor,
+    *,
+    reduction: Reduction = "mean",
+    ignore_index: int | None = None,
+    class_weight: Float[Tensor, " k"] | None = None,
+    validate: bool = True,
+) -> Float[Tensor, "*r"]:
+    """Kullback-Leibler divergence ``KL(q || p)`` in nats: cross-entropy less the target's entropy.
+
+    Arguments as in :func:`cross_entropy`. The value is 0 exactly where the model gives the target,
+    which makes it the readable one for logs; hard targets give cross-entropy.
+    """
+    rows = as_rows(logits, targets, ignore_index=ignore_index, validate=validate)
+    log_p = F.log_softmax(rows.logits, dim=1)
+    if rows.labels is not None:
+        values = -log_p.gather(1, rows.labels[:, None])[:, 0]
+    else:
+        q = rows.distribution()
+        # log q - log p term by term: no cancellation of two large sums where p is close to q
+        values = _weighted_sum(q, torch.where(q > 0, q, 1).log() - log_p)
+    return reduce_rows(values, rows, reduction, class_weight)
+
+
+def squared_error(
+    logits: Float[Tensor, "n k *d"],
+    targets: Tensor,
+    *,
+    reduction: Reduction = "mean",
+    ignore_index: int | None = None,
+    class_weight: Float[Tensor, " k"] | None = None,
+    validate: bool = True,
+) -> Float[Tensor, "*r"]:
+    """Multi-class Brier score ``sum_k (softmax(z)_k - q_k)^2``, in [0, 2]: summed over classes.
+
+    Arguments as in :func:`cross_entropy`. For soft targets it is the distance to ``q``; the
+    expected score under labels drawn from ``q`` is larger by ``1 - sum_k q_k^2``, same gradient.
+
+    Source: Brier 1950; the loss of mixed images in Luo et al. 2025 (arXiv:2504.13548).
+    """
+    rows = as_rows(logits, targets, ignore_index=ignore_index, validate=validate)
+    values = (rows.logits.softmax(dim=1) - rows.distribution()).square().sum(dim=1)
+    return reduce_rows(values, rows, reduction, class_weight)
+
+
+class CrossEntropy(RowLoss):
+    """Module form of :func:`cross_entropy`."""
+
+    def __init__(
+        self,
+        smoothing: float = 0.0,
+        *,
+        reduction: Reduction = "mean",
+        ignore_index: int | None = None,
+        class_weight: Float[Tensor, " k"] | None = None,
+        validate: bool = True,
+    ) -> None:
+        super().__init__(reduction, ignore_index, class_weight, validate)
+        _check_smoothing(smoothing)
+        self.smoothing = smoothing
+
+    def forward(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> Float[Tensor, "*r"]:
+        """The loss of ``targets``, hard or soft."""
+        return cross_entropy(logits, targets, smoothing=self.smoothing, **self.contract())
+
+
+class KlDivergence(RowLoss):
+    """Module form of :func:`kl_divergence`."""
+
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        ignore_index: int | None = None,
+        class_weight: Float[Tensor, " k"] | None = None,
+        validate: bool = True,
+    ) -> None:
+        super().__init__(reduction, ignore_index, class_weight, validate)
+
+    def forward(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> Float[Tensor, "*r"]:
+        """The loss of ``targets``, hard or soft."""
+        return kl_divergence(logits, targets, **self.contract())
+
+
+class SquaredError(RowLoss):
+    """Module form of :func:`squared_error`."""
+
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        ignore_index: int | None = None,
+        class_weight: Float[Tensor, " k"] | None = None,
+        validate: bool = True,
+    ) -> None:
+        super().__init__(reduction, ignore_index, class_weight, validate)
+
+    def forward(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> Float[Tensor, "*r"]:
+        """The loss of ``targets``, hard or soft."""
+        return squared_error(logits, targets, **self.contract())
+
+
+class Objective(NamedTuple):
+    """The two-part training objective and its parts, each a scalar."""
+
+    total: Tensor
+    real: Tensor
+    mixed: Tensor
+    """Before its weight."""
+
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+_BY_NAME: Mapping[str, LossFunction] = MappingProxyType(
+    {
+        "squared_error": squared_error,
+        "cross_entropy": cross_entropy,
+        "kl_divergence": kl_divergence,
+    }
+)
+
+
+def csm_objective(
+    real_logits: Float[Tensor, "b k"],
+    real_labels: Int[Tensor, " b"] | Float[Tensor, "b k"],
+    mixed_logits: Float[Tensor, "*m k"] | None,
+    mixed_targets: Float[Tensor, "*n k"] | None,
+    mixed_loss: str | LossFunction = "squared_error",
+    weight: float = 1.0,
+    *,
+    real_loss: LossFunction = cross_entropy,
+) -> Objective:
+    """Mean loss of real images plus ``weight`` times the mean loss of semantically mixed images.
+
+    Args:
+        real_logits: Outputs for the real images.
+        real_labels: Their labels, hard or soft.
+        mixed_logits: Outputs for the mixed images, ``[m, k]`` or grouped ``[b, members, k]``; the
+            mean runs over all of them. None, or no rows: the objective is the real part.
+        mixed_targets: Their soft labels.
+        mixed_loss: ``squared_error`` (the paper's L2), ``cross_entropy``, ``kl_divergence``, or any
+            callable with a mean over rows.
+        weight: Weight of the mixed part (1 in the paper).
+        real_loss: Any callable with a mean over rows.
+
+    Raises:
+        ConfigError: unknown ``mixed_loss`` or negative weight.
+        DataError: shapes or targets do not fit.
+
+    Source: Luo et al. 2025 (arXiv:2504.13548), with the losses' weights 1:1 as in its release.
+    """
+    if weight < 0:
+        raise ConfigError(f"the weight of the mixed loss must not be negative, got {weight}")
+    if isinstance(mixed_loss, str):
+        if mixed_loss not in _BY_NAME:
+            raise ConfigError(f"unknown mixed loss '{mixed_loss}': use {', '.join(_BY_NAME)}")
+        mixed_loss = _BY_NAME[mixed_loss]
+    real = real_loss(real_logits, real_labels)
+    if mixed_logits is None or mixed_targets is None or mixed_logits.numel() == 0:
+        return Objective(real, real, torch.zeros_like(real))
+    if mixed_logits.shape != mixed_targets.shape:
+        raise DataError(
+            f"mixed logits {list(mixed_logits.shape)} and targets {list(mixed_targets.shape)} "
+            "must have one shape"
+        )
+    mixed = mixed_loss(mixed_logits.flatten(0, -2), mixed_targets.flatten(0, -2))
+    return Objective(real + weight * mixed, real, mixed)
+
+
+def _weighted_sum(q: Float[Tensor, "n k"], values: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+    # 0 * infinity is NaN: a class with no target mass must not contribute, however unlikely
+    return torch.where(q > 0, q * values, 0).sum(dim=1)
+
+
+def _check_smoothing(smoothing: float) -> None:
+    if not 0 <= smoothing <= 1:
+        raise ConfigError(f"smoothing must be in [0, 1], got {smoothing}")
