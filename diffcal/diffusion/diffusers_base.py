@@ -4,7 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -16,7 +16,7 @@ from diffcal.diffusion.denoisers import ConditionKind
 from diffcal.diffusion.diffusers_noise import DiscreteNoise
 from diffcal.errors import CheckpointError, ConfigError, MissingExtraError
 
-__all__ = ["AttentionBackend", "DiffusersDenoiser", "square", "up_block_features"]
+__all__ = ["AttentionBackend", "DiffusersDenoiser", "config_of", "square", "up_block_features"]
 
 AttentionBackend = Literal["sdpa", "xformers"]
 
@@ -59,10 +59,11 @@ class DiffusersDenoiser(ABC):
         if sigma_data <= 0:
             raise ConfigError(f"sigma_data must be positive, got {sigma_data}")
         channels = sample_shape[0]
-        out_channels = module.config.out_channels or channels
-        if module.config.in_channels != channels or out_channels not in (channels, 2 * channels):
+        config = config_of(module)
+        out_channels = config.out_channels or channels
+        if config.in_channels != channels or out_channels not in (channels, 2 * channels):
             raise CheckpointError(
-                f"the network maps {module.config.in_channels} to {out_channels} channels; a denoiser "
+                f"the network maps {config.in_channels} to {out_channels} channels; a denoiser "
                 "gives as many as it takes, or twice as many when it also predicts a variance "
                 "(inpainting, super-resolution and other image-to-image networks are not supported)"
             )
@@ -143,18 +144,18 @@ class DiffusersDenoiser(ABC):
                 for key in sorted(tensors):
                     tensor = tensors[key].detach().cpu().contiguous()
                     digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-                    digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     def _identity(self) -> list[tuple[str, Mapping[str, Any], Mapping[str, Tensor]]]:
         """(name, config, tensors) of everything that decides the samples."""
         return [
-            ("network", self.module.config, self.module.state_dict()),
+            ("network", config_of(self.module), self.module.state_dict()),
             ("noise", {}, {"log_sigmas": self.noise.log_sigmas}),
         ]
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "DiffusersDenoiser":
         """The same denoiser, its parameters moved to ``device`` in place."""
         self.module.to(device)
         self.noise = self.noise.to(device)
@@ -167,11 +168,12 @@ class DiffusersDenoiser(ABC):
             MissingExtraError: xformers is asked for and not installed.
             ConfigError: an unknown name, or xformers without a CUDA device.
         """
+        network: Any = self.module
         if name == "sdpa":
-            self.module.disable_xformers_memory_efficient_attention()
+            network.disable_xformers_memory_efficient_attention()
         elif name == "xformers":
             try:
-                self.module.enable_xformers_memory_efficient_attention()
+                network.enable_xformers_memory_efficient_attention()
             except ModuleNotFoundError as error:
                 raise MissingExtraError(
                     "attention 'xformers' needs the package xformers: pip install 'diffcal[xformers]', "
@@ -197,6 +199,11 @@ class DiffusersDenoiser(ABC):
                 f"{self.num_classes} {'prompts' if self.condition_kind == 'prompt' else 'classes'}"
             )
         return weights.to(self.device, torch.float32)
+
+
+def config_of(module: nn.Module) -> Any:
+    """Config of a diffusers model: its entries are attributes, and ``get`` works as on a dict."""
+    return module.config
 
 
 def square(size: int | tuple[int, int] | list[int] | None) -> tuple[int, int]:

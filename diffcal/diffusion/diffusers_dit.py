@@ -7,7 +7,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from diffcal.diffusion.diffusers_base import DiffusersDenoiser, square
+from diffcal.diffusion.diffusers_base import DiffusersDenoiser, config_of, square
 from diffcal.diffusion.diffusers_latents import LatentCodec
 from diffcal.diffusion.diffusers_noise import TimestepRule, discrete_noise
 from diffcal.diffusion.soft_class_embedding import SoftLabelEmbedding
@@ -52,17 +52,18 @@ class DiTDenoiser(DiffusersDenoiser):
         sigma_data: float = 1.0,
         decode_chunk: int = 1,
     ) -> None:
+        config = config_of(module)
         codec = LatentCodec(vae, chunk=decode_chunk)
-        if codec.latent_channels != module.config.in_channels:
+        if codec.latent_channels != config.in_channels:
             raise CheckpointError(
-                f"the transformer takes {module.config.in_channels} latent channels, but the "
+                f"the transformer takes {config.in_channels} latent channels, but the "
                 f"autoencoder gives {codec.latent_channels}"
             )
         num_classes, self._rows = _soften(module)
         super().__init__(
             module,
             discrete_noise(scheduler, timesteps),
-            sample_shape=(codec.latent_channels, *square(module.config.sample_size)),
+            sample_shape=(codec.latent_channels, *square(config.sample_size)),
             sigma_data=sigma_data,
             condition_kind="class",
             num_classes=num_classes,
@@ -97,18 +98,19 @@ class DiTDenoiser(DiffusersDenoiser):
         row[:, self.num_classes] = 1
         return row
 
-    def encode(self, images: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b c h w"]:
+    def encode(self, images: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b z y x"]:
         """Scaled latents of images: the mode of the encoder's distribution."""
         return self.codec.encode(images.to(self.device))
 
-    def decode(self, x: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b h w c"]:
+    def decode(self, x: Float[Tensor, "b z y x"]) -> UInt8[Tensor, "b h w c"]:
         """Images of scaled latents, decoded in float32."""
         return self.codec.decode(x)
 
     def to(self, device: torch.device | str) -> "DiTDenoiser":
         """The same denoiser, transformer and autoencoder moved to ``device`` in place."""
         self.codec.to(device)
-        return super().to(device)
+        super().to(device)
+        return self
 
     def _identity(self) -> list[Any]:
         vae = self.codec.vae

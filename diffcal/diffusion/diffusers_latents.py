@@ -1,5 +1,8 @@
 """Images to scaled latents and back through a variational autoencoder, in float32."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -32,13 +35,13 @@ class LatentCodec:
             raise CheckpointError(
                 f"autoencoder '{name}' is not supported; supported: AutoencoderKL"
             )
-        config = vae.config
+        config: Any = vae.config
         if config.in_channels != config.out_channels or config.out_channels not in (1, 3):
             raise CheckpointError(
                 f"the autoencoder maps {config.in_channels} to {config.out_channels} channels; "
                 "1 (grey) or 3 (RGB) are supported"
             )
-        self.vae = vae.float().eval().requires_grad_(False)
+        self.vae: Any = vae.float().eval().requires_grad_(False)
         self.chunk = chunk
         self.image_channels: int = config.out_channels
         self.latent_channels: int = config.latent_channels
@@ -88,7 +91,7 @@ class LatentCodec:
         return self
 
 
-def _per_channel(value: float | list[float] | tuple[float, ...], channels: int) -> Tensor:
+def _per_channel(value: float | Sequence[float | int], channels: int) -> Tensor:
     vector = torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
     if vector.shape[0] not in (1, channels):
         raise CheckpointError(

@@ -7,7 +7,7 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 
 from diffcal.diffusion.denoisers import images_to_model, model_to_images
-from diffcal.diffusion.diffusers_base import DiffusersDenoiser, square, up_block_features
+from diffcal.diffusion.diffusers_base import DiffusersDenoiser, config_of, square, up_block_features
 from diffcal.diffusion.diffusers_noise import TimestepRule, discrete_noise
 from diffcal.diffusion.soft_class_embedding import SoftEmbedding
 from diffcal.errors import CheckpointError, ConfigError, DataError
@@ -49,7 +49,7 @@ class UNet2DDenoiser(DiffusersDenoiser):
         class_names: tuple[str, ...] | None = None,
         sigma_data: float = 0.5,
     ) -> None:
-        config = module.config
+        config = config_of(module)
         if config.time_embedding_type == "fourier":
             raise CheckpointError(
                 "UNet2DModel with time_embedding_type 'fourier' takes noise levels of a variance "
@@ -145,7 +145,7 @@ def _soften(module: nn.Module) -> int:
     if embedding is None:
         return 0
     if not isinstance(embedding, nn.Embedding):
-        kind = module.config.class_embed_type
+        kind = config_of(module).class_embed_type
         raise CheckpointError(
             f"UNet2DModel with class_embed_type '{kind}' has no table of classes to mix; only "
             "networks with num_class_embeds and no class_embed_type are supported"

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from diffcal.diffusion.diffusers_base import DiffusersDenoiser, square, up_block_features
+from diffcal.diffusion.diffusers_base import DiffusersDenoiser, config_of, square, up_block_features
 from diffcal.diffusion.diffusers_latents import LatentCodec
 from diffcal.diffusion.diffusers_noise import TimestepRule, discrete_noise
 from diffcal.errors import CheckpointError, ConfigError, MissingExtraError
@@ -73,16 +73,17 @@ class StableDiffusionDenoiser(DiffusersDenoiser):
     ) -> None:
         prompts = _checked_prompts(prompts)
         _refuse_extra_inputs(module)
+        config = config_of(module)
         codec = LatentCodec(vae, chunk=decode_chunk)
-        if codec.latent_channels != module.config.in_channels:
+        if codec.latent_channels != config.in_channels:
             raise CheckpointError(
-                f"the U-Net takes {module.config.in_channels} channels, but the autoencoder gives "
+                f"the U-Net takes {config.in_channels} channels, but the autoencoder gives "
                 f"{codec.latent_channels} (inpainting and image-to-image networks are not supported)"
             )
         super().__init__(
             module,
             discrete_noise(scheduler, timesteps),
-            sample_shape=(codec.latent_channels, *square(module.config.sample_size)),
+            sample_shape=(codec.latent_channels, *square(config.sample_size)),
             sigma_data=sigma_data,
             condition_kind="prompt",
             num_classes=len(prompts),
@@ -94,7 +95,7 @@ class StableDiffusionDenoiser(DiffusersDenoiser):
         self.prompts = prompts
         self.negative_prompt = negative_prompt
         embeddings = embed_prompts(tokenizer, text_encoder, [*prompts, negative_prompt])
-        width = module.config.cross_attention_dim  # one for all blocks, or one for each
+        width = config.cross_attention_dim  # one for all blocks, or one for each
         if {embeddings.shape[2]} != set(width if isinstance(width, list | tuple) else [width]):
             raise CheckpointError(
                 f"the text encoder gives embeddings of width {embeddings.shape[2]}, but the U-Net "
@@ -121,11 +122,11 @@ class StableDiffusionDenoiser(DiffusersDenoiser):
         """Embedding of the negative (empty) prompt."""
         return self.negative_embedding.expand(batch_size, -1, -1)
 
-    def encode(self, images: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b c h w"]:
+    def encode(self, images: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b z y x"]:
         """Scaled latents of images: the mode of the encoder's distribution."""
         return self.codec.encode(images.to(self.device))
 
-    def decode(self, x: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b h w c"]:
+    def decode(self, x: Float[Tensor, "b z y x"]) -> UInt8[Tensor, "b h w c"]:
         """Images of scaled latents, decoded in float32."""
         return self.codec.decode(x)
 
@@ -134,7 +135,8 @@ class StableDiffusionDenoiser(DiffusersDenoiser):
         self.codec.to(device)
         self.prompt_embeddings = self.prompt_embeddings.to(device)
         self.negative_embedding = self.negative_embedding.to(device)
-        return super().to(device)
+        super().to(device)
+        return self
 
     def _identity(self) -> list[Any]:
         vae = self.codec.vae
@@ -191,13 +193,14 @@ def load_text_models(tokenizer_folder: Path, encoder_folder: Path) -> tuple[Any,
         ) from error
     try:
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        encoder, report = CLIPTextModel.from_pretrained(
+        loaded: Any = CLIPTextModel.from_pretrained(
             encoder_folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # damaged files raise errors of many kinds
         raise CheckpointError(
             f"text encoder of '{encoder_folder.parent}' cannot be read: {_first_line(error)}"
         ) from error
+    encoder, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -217,7 +220,7 @@ def _checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
 
 def _refuse_extra_inputs(module: nn.Module) -> None:
     for key in _EXTRA_INPUTS:
-        value = module.config.get(key)
+        value = config_of(module).get(key)
         if value is not None:
             raise CheckpointError(
                 f"UNet2DConditionModel with {key} '{value}' wants more than prompt embeddings (as "
