@@ -5,13 +5,13 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers import AutoencoderTiny, DDIMScheduler  # noqa: E402
-from tiny_diffusers import noisy, tiny_transformer, tiny_vae  # noqa: E402
+from diffusers import AutoencoderTiny, DDIMScheduler
+from tiny_diffusers import noisy, tiny_transformer, tiny_vae
 
-from diffcal.diffusion.denoisers import Denoiser, images_to_model, model_to_images  # noqa: E402
-from diffcal.diffusion.diffusers_dit import DiTDenoiser  # noqa: E402
-from diffcal.diffusion.diffusers_latents import LatentCodec  # noqa: E402
-from diffcal.errors import CheckpointError, ConfigError, DataError  # noqa: E402
+from diffcal.diffusion.denoisers import Denoiser, images_to_model, model_to_images
+from diffcal.diffusion.diffusers_dit import DiTDenoiser
+from diffcal.diffusion.diffusers_latents import LatentCodec
+from diffcal.errors import CheckpointError, ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_images_that_do_not_fit_are_refused(denoiser):
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(CheckpointError, match="AutoencoderTiny"):
         DiTDenoiser(tiny_transformer(), AutoencoderTiny(), DDIMScheduler())
-    with pytest.raises(CheckpointError, match="takes 4 latent channels.*gives 2"):
+    with pytest.raises(CheckpointError, match=r"takes 4 latent channels.*gives 2"):
         DiTDenoiser(tiny_transformer(), tiny_vae(latent_channels=2), DDIMScheduler())
     with pytest.raises(ConfigError, match="class_names has 1"):
         DiTDenoiser(tiny_transformer(), tiny_vae(), DDIMScheduler(), class_names=("a",))

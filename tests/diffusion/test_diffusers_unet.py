@@ -5,12 +5,12 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
-from tiny_diffusers import noisy, tiny_unet  # noqa: E402
+from diffusers import DDIMScheduler, DDPMScheduler
+from tiny_diffusers import noisy, tiny_unet
 
-from diffcal.diffusion.denoisers import Denoiser, model_to_images  # noqa: E402
-from diffcal.diffusion.diffusers_unet import UNet2DDenoiser  # noqa: E402
-from diffcal.errors import CheckpointError, ConfigError, DataError, MissingExtraError  # noqa: E402
+from diffcal.diffusion.denoisers import Denoiser, model_to_images
+from diffcal.diffusion.diffusers_unet import UNet2DDenoiser
+from diffcal.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -267,7 +267,7 @@ def test_wrong_weights_and_missing_conditions_are_named(denoiser):
     x, sigma = noisy((3, 8, 8), [1.0])
     with pytest.raises(ConfigError, match="needs a class condition"):
         denoiser(x, sigma)
-    with pytest.raises(ConfigError, match="4 columns.*5 classes"):
+    with pytest.raises(ConfigError, match=r"4 columns.*5 classes"):
         denoiser.condition(torch.eye(4))
     with pytest.raises(ConfigError, match="give weights"):
         denoiser.condition(None)

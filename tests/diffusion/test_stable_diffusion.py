@@ -4,8 +4,8 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
-from tiny_diffusers import (  # noqa: E402
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from tiny_diffusers import (
     SEQUENCE,
     noisy,
     tiny_text_models,
@@ -13,9 +13,9 @@ from tiny_diffusers import (  # noqa: E402
     tiny_vae,
 )
 
-from diffcal.diffusion.denoisers import Denoiser  # noqa: E402
-from diffcal.diffusion.stable_diffusion import StableDiffusionDenoiser, embed_prompts  # noqa: E402
-from diffcal.errors import CheckpointError, ConfigError  # noqa: E402
+from diffcal.diffusion.denoisers import Denoiser
+from diffcal.diffusion.stable_diffusion import StableDiffusionDenoiser, embed_prompts
+from diffcal.errors import CheckpointError, ConfigError
 
 PROMPTS = ("a cat", "a big dog", "car")
 
