@@ -1,19 +1,16 @@
 """Denoisers from diffusers models: local folders and hub names, for the supported families.
 
-========================== ============================================= =======================
-pipeline or network         parts                                         denoiser
-========================== ============================================= =======================
-DDPM, DDIM, PNDMPipeline    unet, scheduler                               ``UNet2DDenoiser``
-UNet2DModel                 (the folder itself), scheduler                ``UNet2DDenoiser``
-DiTPipeline                 transformer, vae, scheduler                   ``DiTDenoiser``
-StableDiffusionPipeline     unet, vae, text_encoder, tokenizer, scheduler ``StableDiffusionDenoiser``
-========================== ============================================= =======================
+- ``UNet2DModel`` (the folder itself, with its scheduler), ``DDPMPipeline``, ``DDIMPipeline`` and
+  ``PNDMPipeline``: :class:`UNet2DDenoiser`.
+- ``DiTPipeline``: :class:`DiTDenoiser`.
+- ``StableDiffusionPipeline``: :class:`StableDiffusionDenoiser`.
+- ``StableDiffusionXLPipeline``: :class:`StableDiffusionXLDenoiser`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffcal.config import config_from_dict
 from diffcal.core.devices import resolve_device
@@ -22,13 +19,16 @@ from diffcal.diffusion.diffusers_dit import DiTDenoiser
 from diffcal.diffusion.diffusers_noise import TimestepRule
 from diffcal.diffusion.diffusers_sources import ModelFolder, is_hub_name, open_model_folder
 from diffcal.diffusion.diffusers_unet import UNet2DDenoiser
-from diffcal.diffusion.stable_diffusion import StableDiffusionDenoiser, load_text_models
+from diffcal.diffusion.stable_diffusion import StableDiffusionDenoiser
+from diffcal.diffusion.stable_diffusion_prompts import checked_prompts, load_text_models
+from diffcal.diffusion.stable_diffusion_xl import StableDiffusionXLDenoiser
 from diffcal.errors import CheckpointError, ConfigError
 
 __all__ = [
     "DiTDenoiser",
     "DiffusersOptions",
     "StableDiffusionDenoiser",
+    "StableDiffusionXLDenoiser",
     "UNet2DDenoiser",
     "is_diffusers_source",
     "load_diffusers_denoiser",
@@ -49,7 +49,7 @@ class DiffusersOptions:
     null_class: int | None = None
     """U-Nets on pixels: row of the class embedding that training used for dropped labels."""
     negative_prompt: str | None = None
-    """Text-conditional models: prompt of the unconditional branch; None: the empty one."""
+    """Text-conditional models: prompt of the unconditional branch; None: what training used."""
     decode_chunk: int | None = None
     """Latent models: images that pass through the autoencoder at once; None: one."""
     attention: AttentionBackend = "sdpa"
@@ -126,13 +126,14 @@ def load_diffusers_denoiser(
     elif name == "DiTPipeline":
         _refuse(name, prompts=prompts, **_set(asked, "negative_prompt", "null_class"))
         denoiser = _load_dit(folder, asked, shared)
-    elif name == "StableDiffusionPipeline":
+    elif name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
         _refuse(name, **_set(asked, "null_class"))
-        denoiser = _load_stable_diffusion(folder, asked, shared, prompts)
+        denoiser = _load_stable_diffusion(folder, asked, shared, checked_prompts(prompts or ()))
     else:
         raise CheckpointError(
             f"'{source}' is a {name}, which is not supported; supported: "
-            f"{', '.join(_UNET_CLASSES)}, DiTPipeline, StableDiffusionPipeline"
+            f"{', '.join(_UNET_CLASSES)}, DiTPipeline, StableDiffusionPipeline, "
+            "StableDiffusionXLPipeline"
         )
     if asked.attention != "sdpa":
         denoiser.set_attention_backend(asked.attention)
@@ -162,26 +163,32 @@ def _load_stable_diffusion(
     folder: ModelFolder,
     asked: DiffusersOptions,
     shared: dict[str, Any],
-    prompts: Sequence[str] | None,
+    prompts: tuple[str, ...],
 ) -> DiffusersDenoiser:
-    if not prompts:
-        raise ConfigError(
-            "a text-conditional model needs prompts, one for each class, for example "
-            "prompts=['a photo of a cat', 'a photo of a dog']"
-        )
-    tokenizer, text_encoder = load_text_models(
-        folder.part("tokenizer", "tokenizer_config.json"), folder.weights_part("text_encoder")
-    )
-    return StableDiffusionDenoiser(
+    def text(suffix: str, kind: Literal["CLIPTextModel", "CLIPTextModelWithProjection"]) -> Any:
+        tokenizer = folder.part(f"tokenizer{suffix}", "tokenizer_config.json")
+        return load_text_models(tokenizer, folder.weights_part(f"text_encoder{suffix}"), kind)
+
+    settings = {
+        **shared,
+        "negative_prompt": asked.negative_prompt,
+        "decode_chunk": asked.decode_chunk or 1,
+    }
+    tokenizer, encoder = text("", "CLIPTextModel")
+    parts = (
         folder.network("unet", "UNet2DConditionModel"),
         folder.network("vae", "AutoencoderKL"),
         folder.scheduler(),
-        tokenizer,
-        text_encoder,
-        prompts,
-        negative_prompt=asked.negative_prompt or "",
-        decode_chunk=asked.decode_chunk or 1,
-        **shared,
+    )
+    if folder.class_name == "StableDiffusionPipeline":
+        return StableDiffusionDenoiser(*parts, tokenizer, encoder, prompts, **settings)
+    tokenizer_2, encoder_2 = text("_2", "CLIPTextModelWithProjection")
+    if settings["negative_prompt"] is None and not folder.index.get(
+        "force_zeros_for_empty_prompt", True
+    ):
+        settings["negative_prompt"] = ""
+    return StableDiffusionXLDenoiser(
+        *parts, (tokenizer, tokenizer_2), (encoder, encoder_2), prompts, **settings
     )
 
 

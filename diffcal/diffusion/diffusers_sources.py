@@ -17,7 +17,16 @@ __all__ = ["ModelFolder", "is_hub_name", "open_model_folder"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_PARTS = (
+    "unet",
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+)
 
 
 @dataclass(frozen=True)

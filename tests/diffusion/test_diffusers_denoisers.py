@@ -153,7 +153,7 @@ def test_stable_diffusion_pipeline_folder(text_folder, tmp_path):
     x, sigma = noisy((4, 4, 4), [3.0])
     condition = denoiser.condition(torch.tensor([[0.4, 0.6]]))
     assert denoiser(x, sigma, condition).isfinite().all()
-    with pytest.raises(ConfigError, match="needs prompts"):
+    with pytest.raises(ConfigError, match="needs a list of prompts"):
         load_diffusers_denoiser(text_folder)
 
 
@@ -230,7 +230,12 @@ def test_weights_that_do_not_fit_the_config_are_refused(copied):
 
 @pytest.mark.parametrize(
     "name",
-    ["LDMSuperResolutionPipeline", "StableDiffusionXLPipeline", "ScoreSdeVePipeline", "Mystery"],
+    [
+        "LDMSuperResolutionPipeline",
+        "StableDiffusionInpaintPipeline",
+        "ScoreSdeVePipeline",
+        "Mystery",
+    ],
 )
 def test_other_pipelines_are_refused_by_name(copied, name):
     folder = copied("unet")
