@@ -1,0 +1,150 @@
+"""Settings of classifier training; the defaults are the recipe of the calibration literature."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from diffcal.calibration.losses.registry import build_loss
+from diffcal.errors import ConfigError
+
+__all__ = ["AugmentationConfig", "ClassifierConfig", "LossConfig", "MixedConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """A loss of :data:`diffcal.calibration.losses.registry.LOSSES` with its parameters."""
+
+    name: str = "cross_entropy"
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        build_loss(self.name, **self.params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """Random crops and mirror images, drawn for each image by itself."""
+
+    crop_padding: int = 4
+    """Pixels added on every side before cropping back; 0 switches cropping off."""
+    padding: Literal["black", "reflect"] = "black"
+    flip: bool = True
+    """Mirror half of the images; wrong for digits."""
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0:
+            raise ConfigError(
+                f"augmentation.crop_padding must not be negative, got {self.crop_padding}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedConfig:
+    """How semantically mixed images take part (Luo et al. 2025, arXiv:2504.13548)."""
+
+    loss: LossConfig = field(default_factory=lambda: LossConfig(name="squared_error"))
+    weight: float = 1.0
+    policy: Literal["paired", "uniform"] = "paired"
+    """``paired``: each real image of class y brings members of a group that contains y.
+    ``uniform``: mixed images in random order, whatever the real ones are."""
+    per_real: int = 2
+    """Mixed images per real image."""
+    anchor_fraction: float = 0.5
+    """Share of the paired images that are anchors: the member that looks most like y."""
+    start_epoch: float = 0.0
+    """Epochs on real images alone before mixed ones join."""
+    ramp_epochs: float = 0.0
+    """Epochs over which the weight then grows linearly to its value."""
+    batchnorm: Literal["separate", "joint", "auxiliary"] = "separate"
+    """``separate``: two passes, each normalised by itself; the running averages, used at test,
+    see both. ``joint``: one pass over all images. ``auxiliary``: two passes; mixed images
+    leave the running averages alone, so that real statistics are used at test."""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.start_epoch < 0 or self.ramp_epochs < 0:
+            raise ConfigError("mixed: weight, start_epoch and ramp_epochs must not be negative")
+        if self.per_real < 1:
+            raise ConfigError(f"mixed.per_real must be at least 1, got {self.per_real}")
+        if not 0 <= self.anchor_fraction <= 1:
+            raise ConfigError(
+                f"mixed.anchor_fraction must be in [0, 1], got {self.anchor_fraction}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """Optimiser, schedule, losses and precision of one training run."""
+
+    model: str = "resnet50"
+    """Name for :func:`diffcal.models.registry.build_classifier`."""
+    epochs: int = 200
+    steps: int | None = None
+    """Total optimiser steps; replaces ``epochs`` as the length of the run."""
+    batch_size: int = 128
+    """Real images per step, over all processes and accumulation passes."""
+    accumulate: int = 1
+    """Forward-backward passes per step; BatchNorm then sees smaller batches."""
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+    schedule: Literal["milestones", "cosine", "constant"] = "milestones"
+    milestones: tuple[float, ...] = (0.4, 0.6)
+    """Shares of the run after which the rate falls tenfold: 80 and 120 of 200 epochs."""
+    warmup_epochs: float = 0.0
+    clip: float | None = 2.0
+    """Largest gradient norm."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """``sum`` multiplies the objective by the batch size before clipping, which makes nearly
+    every early step a normalised-gradient step (Mukhoti et al. 2020, arXiv:2002.09437)."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    mixed: MixedConfig = field(default_factory=MixedConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    ema: float | None = None
+    """Decay per step of an average of the weights, which is then what is evaluated and saved."""
+    select: Literal["last", "best_accuracy", "best_nll"] = "last"
+    """Which epoch to keep, by the validation images."""
+    precision: Literal["float32", "bf16"] = "float32"
+    channels_last: bool = True
+    compile: bool = False
+    """Compile the network with torch.compile (a minute of preparation; needs a C compiler on CPU)."""
+    evaluate_every: int = 1
+    """Epochs between validations."""
+    save_every: int = 1
+    """Epochs between saved states."""
+    save_every_steps: int | None = None
+    """Steps between saved states, besides the epochs'."""
+
+    def __post_init__(self) -> None:
+        counts = {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "accumulate": self.accumulate,
+            "evaluate_every": self.evaluate_every,
+            "save_every": self.save_every,
+            "steps": self.steps or (1 if self.steps is None else 0),
+            "save_every_steps": self.save_every_steps
+            or (1 if self.save_every_steps is None else 0),
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}"
+            )
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.weight_decay < 0 or not 0 <= self.momentum < 1:
+            raise ConfigError("weight_decay must not be negative and momentum must be in [0, 1)")
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("nesterov needs a momentum above 0")
+        if not all(0 < share <= 1 for share in self.milestones):
+            raise ConfigError(
+                f"milestones are shares of the run in (0, 1], got {list(self.milestones)}"
+            )
+        if self.clip is not None and self.clip <= 0:
+            raise ConfigError(f"clip must be positive or none, got {self.clip}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"ema must be in (0, 1) or none, got {self.ema}")
+        if self.warmup_epochs < 0:
+            raise ConfigError(f"warmup_epochs must not be negative, got {self.warmup_epochs}")
