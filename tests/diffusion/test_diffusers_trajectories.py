@@ -1,5 +1,7 @@
 """Our noise-level form against the loops of diffusers itself, from the same noise."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ STEPS = 10  # divides the 1000 timesteps: DDIMScheduler rounds its stride down o
 
 def euler(denoiser, x, sigmas, condition):
     """Euler steps of the probability-flow equation dx/dsigma = (x - D) / sigma."""
-    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, after in pairwise(sigmas):
         clean = denoiser(x, now.expand(len(x)).float(), condition)
         x = x + (after - now).float() * (x - clean) / now.float()
     return x
