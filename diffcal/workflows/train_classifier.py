@@ -1,0 +1,235 @@
+"""``diffcal train-classifier``: real images and a soft-labelled mixed set in, a classifier out."""
+
+import io
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from diffcal.calibration.training_config import ClassifierConfig
+from diffcal.calibration.training_data import (
+    LabelledImages,
+    MixedImages,
+    TrainingData,
+    hold_out,
+)
+from diffcal.calibration.training_loop import fit_classifier
+from diffcal.config import config_to_dict
+from diffcal.core.rng import item_generator
+from diffcal.core.runs import claim_folder, fingerprint, sha256_file
+from diffcal.data.sources import open_images
+from diffcal.errors import ConfigError, DataError
+
+__all__ = ["MixedSource", "TrainClassifierConfig", "read_mixed", "train_classifier"]
+
+logger = logging.getLogger(__name__)
+
+PURE = 1 - 1e-6
+"""Smallest weight of a class that makes an image a pure one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedSource:
+    """Which mixed images to use, with which labels; the defaults are the method, the others controls."""
+
+    folder: str | None = None
+    """Published data set (the ``dataset`` folder of a mixing run); None trains on real images alone."""
+    labels: Literal["soft_label", "weights", "one_hot"] = "soft_label"
+    """``soft_label``: the annotator's. ``weights``: the mixing weights, without reannotation.
+    ``one_hot``: certainty for the class of the largest weight."""
+    members: Literal["all", "pure"] = "all"
+    """``pure``: only images generated from a single class. With ``one_hot`` this is the control
+    that tells more data apart from soft labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainClassifierConfig:
+    """Data, mixed data and training settings of one classifier."""
+
+    data: str = "digits"
+    first_row: int = 0
+    rows: int | None = None
+    """Train and validate on rows ``first_row`` to ``first_row + rows``; all that follow if None."""
+    test: str | None = None
+    """Source of test images; None for no test."""
+    test_first_row: int = 0
+    test_rows: int | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    validation: float = 0.1
+    """Share of the training rows held out at random; 0 for no validation."""
+    split_seed: int = 1
+    """Decides the held-out rows, so that runs of different ``seed`` share them."""
+    mixed: MixedSource = field(default_factory=MixedSource)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ConfigError(f"validation must be a share in [0, 1), got {self.validation}")
+
+
+def train_classifier(
+    config: TrainClassifierConfig, out: Path, *, overwrite: bool = False, device: str = "auto"
+) -> dict[str, Any]:
+    """Train, and leave classifier, logits and summary in ``out``; resumes what ``out`` holds.
+
+    See :func:`diffcal.calibration.training_loop.fit_classifier` for the files; ``config.json`` holds
+    these settings with the fingerprints of the data.
+
+    Returns:
+        The summary of the run with the output folder.
+
+    Raises:
+        ConfigError, DataError: before any training.
+        ArtifactError: ``out`` belongs to other settings or data.
+        NumericalError: the loss became NaN or infinite; the saved state stays.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=device == "cpu")
+    data, fingerprints = _load(config)
+    if accelerator.is_main_process:
+        claim_folder(out, config_to_dict(config) | {"inputs": fingerprints}, overwrite=overwrite)
+    accelerator.wait_for_everyone()
+    summary = fit_classifier(
+        data, config.classifier, out, accelerator=accelerator, seed=config.seed
+    )
+    return summary | {"out": str(out)}
+
+
+def read_mixed(source: MixedSource, class_names: tuple[str, ...]) -> MixedImages:
+    """Mixed images of a published data set, in memory.
+
+    Args:
+        source: Folder and which of its images and labels.
+        class_names: Classes of the real images; the data set's must be the same in the same order.
+
+    Raises:
+        DataError: no data set there, other classes, missing columns, images of several sizes.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    num_classes = len(class_names)
+    images, targets, groups, support = [], [], [], []
+    for path in _mixed_files(source):
+        names = ["image", "soft_label", "group", "classes", "weights"]
+        try:
+            schema = pq.read_schema(path)
+            table = pq.read_table(path, columns=names)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"'{path}' cannot be read as a mixed data set: {error}") from error
+        missing = [name for name in names if name not in table.column_names]
+        if missing:
+            raise DataError(f"'{path}' lacks the columns {', '.join(missing)}")
+        _check_classes(path, schema.metadata or {}, class_names)
+        for row in table.to_pylist():
+            weights = torch.zeros(num_classes)
+            try:
+                weights[torch.tensor(row["classes"])] = torch.tensor(row["weights"]).float()
+            except (IndexError, RuntimeError) as error:
+                raise DataError(f"'{path}': classes and weights do not fit: {error}") from error
+            if source.members == "pure" and float(weights.max()) < PURE:
+                continue
+            images.append(_decode(row["image"]["bytes"], path))
+            support.append(torch.zeros(num_classes, dtype=torch.bool))
+            support[-1][row["classes"]] = True
+            groups.append(row["group"])
+            if source.labels == "soft_label":
+                targets.append(torch.tensor(row["soft_label"], dtype=torch.float32))
+            elif source.labels == "weights":
+                targets.append(weights)
+            else:
+                targets.append(torch.eye(num_classes)[weights.argmax()])
+    if not images:
+        raise DataError(f"'{source.folder}' has no {source.members} images")
+    sizes = {image.shape for image in images}
+    if len(sizes) > 1:
+        raise DataError(f"'{source.folder}' has images of several sizes: {sorted(sizes)}")
+    return MixedImages(
+        images=torch.from_numpy(np.stack(images)),
+        targets=torch.stack(targets),
+        groups=torch.tensor(groups, dtype=torch.int64),
+        support=torch.stack(support),
+    )
+
+
+def _load(config: TrainClassifierConfig) -> tuple[TrainingData, dict[str, str | None]]:
+    train, class_names, train_print = _read_source(
+        config, config.data, config.first_row, config.rows
+    )
+    inputs: dict[str, str | None] = {"data": train_print, "test": None, "mixed": None}
+    validation = test = mixed = None
+    if config.validation > 0:
+        generator = item_generator(config.split_seed, "validation-split", 0)
+        train, validation = hold_out(train, config.validation, generator)
+    if config.test is not None:
+        test, test_names, inputs["test"] = _read_source(
+            config, config.test, config.test_first_row, config.test_rows
+        )
+        if test_names != class_names:
+            raise DataError(
+                f"the classes of '{config.test}' ({', '.join(test_names[:5])} ...) are not those of "
+                f"'{config.data}' ({', '.join(class_names[:5])} ...)"
+            )
+    if config.mixed.folder is not None:
+        mixed = read_mixed(config.mixed, class_names)
+        inputs["mixed"] = fingerprint([sha256_file(path) for path in _mixed_files(config.mixed)])
+    return TrainingData(train, class_names, mixed, validation, test), inputs
+
+
+def _read_source(
+    config: TrainClassifierConfig, name: str, first_row: int, rows: int | None
+) -> tuple[LabelledImages, tuple[str, ...], str]:
+    source = open_images(name, image_column=config.image_column, label_column=config.label_column)
+    end = len(source) if rows is None else first_row + rows
+    if not 0 <= first_row < end <= len(source):
+        raise ConfigError(f"rows {first_row} to {end} asked for, but '{name}' has {len(source)}")
+    parts = [
+        (torch.as_tensor(images), torch.as_tensor(labels))
+        for _, images, labels in source.batches(1024, range(first_row, end))
+    ]
+    images = torch.cat([images for images, _ in parts])
+    labels = torch.cat([labels for _, labels in parts]).long()
+    return LabelledImages(images, labels), tuple(source.class_names), source.fingerprint
+
+
+def _mixed_files(source: MixedSource) -> list[Path]:
+    folder = Path(source.folder or "")
+    files = sorted((folder / "data").glob("*.parquet"))
+    if not files:
+        raise DataError(
+            f"'{folder}' holds no published mixed data set (no data/*.parquet); give the 'dataset' "
+            "folder of a finished mixing run"
+        )
+    return files
+
+
+def _check_classes(path: Path, metadata: dict[bytes, bytes], class_names: tuple[str, ...]) -> None:
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        found = tuple(features["label"]["names"])
+    except (KeyError, TypeError, ValueError):
+        logger.warning("'%s' does not name its classes; they are taken to be the real ones", path)
+        return
+    if found != class_names:
+        raise DataError(
+            f"the mixed set '{path}' has the classes {', '.join(found[:5])} ..., the real images "
+            f"{', '.join(class_names[:5])} ..."
+        )
+
+
+def _decode(data: bytes, path: Path) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"'{path}' holds an image that cannot be decoded: {error}") from error
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
