@@ -67,11 +67,21 @@ def attention_weights(
         return scores.softmax(dim=-1).to(q.dtype)
 
 
+def _is_transformed(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def attention(
     q: Float[Tensor, "b a s d"], k: Float[Tensor, "b a t d"], v: Float[Tensor, "b a t d"]
 ) -> Float[Tensor, "b a s d"]:
-    """Values averaged with :func:`attention_weights`, each of the ``a`` heads by itself."""
-    if _backend == "exact":
+    """Values averaged with :func:`attention_weights`, each of the ``a`` heads by itself.
+
+    Inside ``torch.func`` transforms the exact form is used whatever the backend: the fused kernels
+    have no batching rule and would fall back to a loop over examples.
+    """
+    if _backend == "exact" or _is_transformed(q):
         return attention_weights(q, k) @ v
     if _backend == "xformers":
         from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]

@@ -230,15 +230,18 @@ class iDDPMPrecond(Preconditioner):
             img_resolution, img_channels, label_dim, use_fp16, model_type, **model_kwargs
         )
         self.C_1, self.C_2, self.M = C_1, C_2, M
+        # In float32 as published: the table is part of what the networks were trained with, and
+        # exact values differ from it by up to a thousandth at the small end.
+        alpha_bar = self.alpha_bar(torch.arange(M + 1, dtype=torch.float32, device="cpu"))
+        ratios = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1)
         u = torch.zeros(M + 1, device="cpu")
         for j in range(M, 0, -1):
-            ratio = self.alpha_bar(j - 1) / self.alpha_bar(j)
-            u[j - 1] = ((u[j] ** 2 + 1) / max(ratio, C_1) - 1).sqrt()
+            u[j - 1] = ((u[j] ** 2 + 1) / ratios[j - 1] - 1).sqrt()
         self.register_buffer("u", u)
 
-    def alpha_bar(self, j: int) -> float:
-        """Share of signal variance at step ``j``."""
-        return math.sin(0.5 * math.pi * j / self.M / (self.C_2 + 1)) ** 2
+    def alpha_bar(self, j: Tensor) -> Tensor:
+        """Share of signal variance at step ``j``, from 0 (pure noise) to M."""
+        return (0.5 * math.pi * j / self.M / (self.C_2 + 1)).sin() ** 2
 
     @property
     def sigma_min(self) -> float:  # type: ignore[override]
