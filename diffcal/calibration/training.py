@@ -25,6 +25,9 @@ from diffcal.models.classifier import normalise
 
 __all__ = ["ClassifierTrainer", "StepBatch", "learning_rate_factor", "mixed_weight"]
 
+CHECK_EVERY = 50
+"""Steps between looks at the loss, each of which waits for the device."""
+
 _SUMS = ("loss", "real_loss", "mixed_loss", "correct", "images", "grad_norm", "clipped", "steps")
 
 
@@ -131,7 +134,8 @@ class ClassifierTrainer:
         self.ema: dict[str, Tensor] | None = None
         if config.ema is not None:
             self.ema = {name: t.detach().clone() for name, t in model.state_dict().items()}
-        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(len(_SUMS), dtype=precise, device=device)
 
     @property
     def epoch(self) -> float:
@@ -139,7 +143,11 @@ class ClassifierTrainer:
         return self.step / self.steps_per_epoch
 
     def train_step(self) -> None:
-        """Take one optimiser step; its sums are added to what :meth:`take_report` returns."""
+        """Take one optimiser step; its sums are added to what :meth:`take_report` returns.
+
+        Raises:
+            NumericalError: a loss was NaN or infinite (noticed within :data:`CHECK_EVERY` steps).
+        """
         config = self.config
         weight = (
             0.0
@@ -164,8 +172,10 @@ class ClassifierTrainer:
         self._update_ema()
         if norm is not None:
             self._sums[5] += norm
-            self._sums[6] += norm > config.clip
+            self._sums[6] += norm > (config.clip or 0.0)
         self._sums[7] += 1
+        if self.step % CHECK_EVERY == 0:
+            self.check_finite()
 
     def batches(self, *, with_mixed: bool = True) -> list[StepBatch]:
         """Batches of the present step for this process, one per accumulation pass."""
@@ -212,6 +222,7 @@ class ClassifierTrainer:
         Raises:
             NumericalError: a loss was NaN or infinite.
         """
+        self.check_finite()
         sums: Any = self.accelerator.reduce(self._sums, "sum")
         values = dict(zip(_SUMS, sums.tolist(), strict=True))
         self._sums.zero_()
@@ -220,12 +231,15 @@ class ClassifierTrainer:
         report["accuracy"] = values["correct"] / max(values["images"], 1)
         report["grad_norm"] = values["grad_norm"] / max(values["steps"], 1)
         report["clipped"] = values["clipped"] / max(values["steps"], 1)
-        if not all(abs(value) < float("inf") for value in report.values()):
+        return report
+
+    def check_finite(self) -> None:
+        """Raise :class:`NumericalError` if a loss since the last report was NaN or infinite."""
+        if not bool(self._sums.isfinite().all()):
             raise NumericalError(
                 f"the training loss became NaN or infinite by step {self.step}; "
                 "lower learning_rate, add warmup_epochs or set clip"
             )
-        return report
 
     def evaluated_state(self) -> dict[str, Tensor]:
         """Weights to evaluate and save: the average if there is one."""
@@ -321,7 +335,7 @@ class ClassifierTrainer:
         decay = min(self.config.ema or 0.0, (1 + self.step) / (10 + self.step))
         state = self.network.state_dict()
         floating = [name for name, tensor in state.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_(
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             [self.ema[name] for name in floating], [state[name] for name in floating], 1 - decay
         )
         for name, tensor in state.items():

@@ -112,6 +112,8 @@ def fit_classifier(
             due = place == 0 and epoch % config.save_every == 0
             if config.save_every_steps is not None:
                 due = due or trainer.step % config.save_every_steps == 0
+            if due or finished:
+                trainer.check_finite()  # never replace a good state by a spoilt one
             if main and (due or finished):
                 _save(folder / "state", trainer, progress)
     accelerator.wait_for_everyone()

@@ -34,8 +34,15 @@ def test_parameter_counts(name, classes, size, count):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-@pytest.mark.parametrize("name", sorted(CLASSIFIERS))
-@pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 8), (3, 64), (3, 96)])
+EVERY = [(name, 1, 8) for name in sorted(CLASSIFIERS)]
+LARGER = [
+    (name, 3, size)
+    for name in ("cnn-medium", "resnet20", "resnet50", "wrn-16-4", "densenet121")
+    for size in (32, 64, 96)
+]
+
+
+@pytest.mark.parametrize(("name", "channels", "size"), EVERY + LARGER)
 def test_shapes_on_every_size(name, channels, size):
     with torch.device("meta"):
         model = build_classifier(name, 7, channels, size)
