@@ -1,4 +1,4 @@
-"""The residual block shared by both EDM-family U-Nets."""
+"""What both EDM-family U-Nets are made of: the residual block, skips, and dropping of labels."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from diffcal.diffusion.attention import attention
 from diffcal.diffusion.edm_layers import Conv2d, GroupNorm, Initialisation, Linear
 from diffcal.errors import ConfigError
 
-__all__ = ["UNetBlock"]
+__all__ = ["UNetBlock", "drop_labels", "skip_channels"]
 
 
 class UNetBlock(nn.Module):
@@ -110,3 +110,16 @@ class UNetBlock(nn.Module):
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
         mixed = attention(q, k, v)
         return self.proj(mixed.transpose(2, 3).reshape(b, c, height, width))
+
+
+def drop_labels(labels: Tensor, probability: float, training: bool) -> Tensor:
+    """Labels with whole rows set to zero at random, in training only."""
+    if not training or not probability:
+        return labels
+    keep = torch.rand(labels.shape[0], 1, device=labels.device) >= probability
+    return labels * keep.to(labels.dtype)
+
+
+def skip_channels(layers: nn.ModuleDict) -> list[int]:
+    """Channels of the skips that an encoder leaves, in order."""
+    return [int(layer.out_channels) for name, layer in layers.items() if "_aux_" not in name]  # type: ignore[arg-type]

@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffcal.diffusion.edm_unets import DhariwalUNet, SongUNet
+from diffcal.diffusion.edm_dhariwal_unet import DhariwalUNet
+from diffcal.diffusion.edm_song_unet import SongUNet
 from diffcal.diffusion.preconditioning import MODEL_TYPES, PRECONDITIONERS, Preconditioner
 from diffcal.errors import ConfigError
 

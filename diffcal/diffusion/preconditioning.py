@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffcal.diffusion.edm_unets import DhariwalUNet, SongUNet
+from diffcal.diffusion.edm_dhariwal_unet import DhariwalUNet
+from diffcal.diffusion.edm_song_unet import SongUNet
 from diffcal.errors import ConfigError
 
 __all__ = [

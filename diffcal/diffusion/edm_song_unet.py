@@ -1,9 +1,9 @@
-"""The two raw U-Nets of EDM: SongUNet (DDPM++ and NCSN++) and DhariwalUNet (ADM).
+"""SongUNet, the raw network of DDPM++ and NCSN++.
 
 Module names are those of the published checkpoints: weights match by name and shape.
 
 Source: Karras et al. 2022 (arXiv:2206.00364), appendix F and table 7; Song et al. 2021
-(arXiv:2011.13456), appendix H; Dhariwal & Nichol 2021 (arXiv:2105.05233).
+(arXiv:2011.13456), appendix H.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffcal.diffusion.edm_block import UNetBlock
+from diffcal.diffusion.edm_block import UNetBlock, drop_labels, skip_channels
 from diffcal.diffusion.edm_layers import (
     Conv2d,
     FourierEmbedding,
@@ -25,20 +25,7 @@ from diffcal.diffusion.edm_layers import (
     PositionalEmbedding,
 )
 
-__all__ = ["DhariwalUNet", "SongUNet"]
-
-
-def _drop_labels(labels: Tensor, probability: float, training: bool) -> Tensor:
-    """Labels with whole rows set to zero at random, in training only."""
-    if not training or not probability:
-        return labels
-    keep = torch.rand(labels.shape[0], 1, device=labels.device) >= probability
-    return labels * keep.to(labels.dtype)
-
-
-def _out_channels(layers: nn.ModuleDict) -> list[int]:
-    """Channels of the skips that an encoder leaves, in order."""
-    return [int(layer.out_channels) for name, layer in layers.items() if "_aux_" not in name]  # type: ignore[arg-type]
+__all__ = ["SongUNet"]
 
 
 class SongUNet(nn.Module):
@@ -144,7 +131,7 @@ class SongUNet(nn.Module):
                 channels = cout
 
         self.dec = nn.ModuleDict()
-        skips = _out_channels(self.enc)
+        skips = skip_channels(self.enc)
         last = len(channel_mult) - 1
         for level, mult in reversed(list(enumerate(channel_mult))):
             resolution = img_resolution >> level
@@ -177,7 +164,7 @@ class SongUNet(nn.Module):
         # The published weights expect [sin, cos].
         emb = noise.reshape(noise.shape[0], 2, -1).flip(1).reshape(noise.shape)
         if self.map_label is not None and class_labels is not None:
-            labels = _drop_labels(class_labels, self.label_dropout, self.training)
+            labels = drop_labels(class_labels, self.label_dropout, self.training)
             emb = emb + self.map_label(labels * math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -220,112 +207,3 @@ class SongUNet(nn.Module):
                 x = layer(x, emb)
         assert image is not None  # level 0 always has aux_conv
         return image
-
-
-class DhariwalUNet(nn.Module):
-    """ADM: adaptive scale and shift, attention heads of 64 channels; arguments as SongUNet."""
-
-    def __init__(
-        self,
-        img_resolution: int,
-        in_channels: int,
-        out_channels: int,
-        label_dim: int = 0,
-        augment_dim: int = 0,
-        model_channels: int = 192,
-        channel_mult: Sequence[int] = (1, 2, 3, 4),
-        channel_mult_emb: int = 4,
-        num_blocks: int = 3,
-        attn_resolutions: Sequence[int] = (32, 16, 8),
-        dropout: float = 0.10,
-        label_dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
-        gain = math.sqrt(1 / 3)
-        init = Initialisation(mode="kaiming_uniform", weight_gain=gain, bias_gain=gain)
-        init_zero = Initialisation(mode="kaiming_uniform", weight_gain=0.0)
-        emb_channels = model_channels * channel_mult_emb
-
-        self.map_noise = PositionalEmbedding(model_channels)
-        self.map_augment = (
-            Linear(augment_dim, model_channels, bias=False, init=init_zero) if augment_dim else None
-        )
-        self.map_layer0 = Linear(model_channels, emb_channels, init=init)
-        self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
-        label_init = Initialisation(mode="kaiming_normal", weight_gain=math.sqrt(label_dim))
-        self.map_label = (
-            Linear(label_dim, emb_channels, bias=False, init=label_init) if label_dim else None
-        )
-
-        def block(cin: int, cout: int, **options: bool) -> UNetBlock:
-            return UNetBlock(
-                cin, cout, emb_channels, dropout=dropout, init=init, init_zero=init_zero, **options
-            )
-
-        self.enc = nn.ModuleDict()
-        channels = model_channels * channel_mult[0]
-        for level, mult in enumerate(channel_mult):
-            resolution = img_resolution >> level
-            r = f"{resolution}x{resolution}"
-            if level == 0:
-                self.enc[f"{r}_conv"] = Conv2d(in_channels, channels, 3, init=init)
-            else:
-                self.enc[f"{r}_down"] = block(channels, channels, down=True)
-            for index in range(num_blocks):
-                attends = resolution in attn_resolutions
-                cout = model_channels * mult
-                self.enc[f"{r}_block{index}"] = block(channels, cout, attention=attends)
-                channels = cout
-
-        self.dec = nn.ModuleDict()
-        skips = _out_channels(self.enc)
-        last = len(channel_mult) - 1
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            resolution = img_resolution >> level
-            r = f"{resolution}x{resolution}"
-            if level == last:
-                self.dec[f"{r}_in0"] = block(channels, channels, attention=True)
-                self.dec[f"{r}_in1"] = block(channels, channels)
-            else:
-                self.dec[f"{r}_up"] = block(channels, channels, up=True)
-            for index in range(num_blocks + 1):
-                attends = resolution in attn_resolutions
-                cout = model_channels * mult
-                self.dec[f"{r}_block{index}"] = block(
-                    channels + skips.pop(), cout, attention=attends
-                )
-                channels = cout
-        self.out_norm = GroupNorm(channels)
-        self.out_conv = Conv2d(channels, out_channels, 3, init=init_zero)
-
-    def embed(
-        self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
-    ) -> Float[Tensor, "e d"]:
-        """Embedding of noise level, class vector (any real weights) and augmentation."""
-        emb = self.map_noise(noise_labels)
-        if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
-        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        if self.map_label is not None and class_labels is not None:
-            labels = _drop_labels(class_labels, self.label_dropout, self.training)
-            emb = emb + self.map_label(labels)
-        return F.silu(emb)
-
-    def forward(
-        self,
-        x: Float[Tensor, "b i h w"],
-        noise_labels: Float[Tensor, " e"],
-        class_labels: Float[Tensor, "l k"] | None = None,
-        augment_labels: Float[Tensor, "m n"] | None = None,
-    ) -> Float[Tensor, "b o h w"]:
-        emb = self.embed(noise_labels, class_labels, augment_labels)
-        skips: list[Tensor] = []
-        for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-            skips.append(x)
-        for name, layer in self.dec.items():
-            if "block" in name:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
