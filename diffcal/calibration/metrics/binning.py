@@ -1,0 +1,206 @@
+"""Bins of confidences and the sums over them that all binned metrics are made of.
+
+Conventions (arXiv:2308.11838 uses the same): bins are (lower, upper] and the first takes 0 too;
+``width`` bins are equal intervals of [0, 1]; ``mass`` bins hold as equal a number of examples as
+ties allow, with edges half way between neighbouring groups; ``rank`` bins hold exactly equal numbers
+and may split ties. Empty bins contribute nothing. Other libraries differ, see :class:`Compat`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffcal.calibration.metrics.inputs import Confidences
+from diffcal.calibration.metrics.profile import Profile
+from diffcal.errors import ConfigError
+
+__all__ = [
+    "BinSums",
+    "Compat",
+    "Scheme",
+    "assign_bins",
+    "assign_width",
+    "bin_sums",
+    "mass_edges",
+    "width_edges",
+]
+
+Scheme = Literal["width", "mass", "rank"]
+
+Compat = Literal["netcal", "torchmetrics", "focal"]
+"""Whose convention to reproduce instead of ours:
+
+netcal (1.4): [lower, upper) with 1 in the last bin.
+torchmetrics (1.9): the same in float32, and a bin of its own for exactly 1.
+focal: the adaptive ECE of the focal-calibration family of repositories: edges interpolated between
+sorted confidences, (lower, upper], every example that equals the smallest confidence dropped.
+"""
+
+
+@dataclass(frozen=True)
+class BinSums:
+    """Sums over the examples of each bin, from lowest to highest confidence."""
+
+    edges: Float[Tensor, " m1"]
+    """Bin borders, first to last; for ``rank`` bins the midpoints between groups."""
+    count: Float[Tensor, " m"]
+    confidence: Float[Tensor, " m"]
+    outcome: Float[Tensor, " m"]
+    total: int
+    """Examples in all, also those that a convention drops."""
+
+    @property
+    def filled(self) -> "BinSums":
+        """The same without empty bins (edges stay as they are)."""
+        keep = self.count > 0
+        return BinSums(
+            self.edges, self.count[keep], self.confidence[keep], self.outcome[keep], self.total
+        )
+
+    @property
+    def weight(self) -> Float[Tensor, " m"]:
+        """Share of the examples in each bin."""
+        return self.count / self.total
+
+    @property
+    def mean_confidence(self) -> Float[Tensor, " m"]:
+        """Mean confidence of each bin, NaN where it is empty."""
+        return self.confidence / self.count
+
+    @property
+    def mean_outcome(self) -> Float[Tensor, " m"]:
+        """Accuracy of each bin, NaN where it is empty."""
+        return self.outcome / self.count
+
+    @property
+    def gap(self) -> Float[Tensor, " m"]:
+        """Mean confidence minus accuracy; positive where confidence is too high."""
+        return (self.confidence - self.outcome) / self.count
+
+
+def width_edges(n_bins: int, device: torch.device | str = "cpu") -> Float[Tensor, " m1"]:
+    """``n_bins + 1`` equally spaced borders of [0, 1], float64."""
+    _require_bins(n_bins)
+    return torch.from_numpy(np.linspace(0.0, 1.0, n_bins + 1)).to(device)
+
+
+def mass_edges(profile: Profile, n_bins: int) -> Float[Tensor, " m1"]:
+    """Borders of bins of equal mass: 0, midpoints between groups, 1; equal borders are merged.
+
+    The sorted examples are split into ``min(n_bins, n)`` groups whose sizes differ by at most one,
+    larger groups first.
+    """
+    _require_bins(n_bins)
+    n = int(profile.total)
+    groups = min(n_bins, n)
+    sizes = torch.full((groups,), n // groups, dtype=torch.int64, device=profile.confidence.device)
+    sizes[: n % groups] += 1
+    ends = sizes.cumsum(0)[:-1]
+    inner = (profile.quantile_values(ends - 1) + profile.quantile_values(ends)) / 2
+    upper = torch.unique(torch.cat([inner, inner.new_ones(1)]))
+    return torch.cat([upper.new_zeros(1), upper])
+
+
+def assign_bins(
+    values: Float[Tensor, "*n"], edges: Float[Tensor, " m1"], closed: str = "right"
+) -> Int[Tensor, "*n"]:
+    """Index of the bin of each value; what lies outside all edges falls into the end bins."""
+    inner = edges[1:-1].to(values.dtype).contiguous()
+    return torch.bucketize(values.contiguous(), inner, right=closed == "left")
+
+
+def assign_width(values: Float[Tensor, "*n"], n_bins: int) -> Int[Tensor, "*n"]:
+    """:func:`assign_bins` to equal-width bins, several times faster on large inputs.
+
+    The product ``value * n_bins`` decides except within 1e-9 of a border, where the borders
+    themselves are compared.
+    """
+    scaled = values * n_bins
+    index = scaled.ceil()
+    near = (scaled - scaled.round()).abs_() < 1e-9
+    result = index.to(torch.int64).sub_(1).clamp_(0, n_bins - 1)
+    if bool(near.any()):
+        result[near] = assign_bins(values[near], width_edges(n_bins, values.device))
+    return result
+
+
+def bin_sums(
+    scores: Confidences, n_bins: int = 15, scheme: Scheme = "width", compat: Compat | None = None
+) -> BinSums:
+    """Counts and sums over bins; computed once for a set of confidences and remembered.
+
+    Raises:
+        ConfigError: ``n_bins`` below 1, an unknown scheme or convention, or a scheme with a
+            convention that does not have it.
+    """
+    _require_bins(n_bins)
+    key = ("bins", n_bins, scheme, compat)
+    return scores.cached(key, lambda: _bin_sums(scores, n_bins, scheme, compat))
+
+
+def _bin_sums(scores: Confidences, n_bins: int, scheme: str, compat: str | None) -> BinSums:
+    c, t = scores.confidence, scores.outcome
+    if compat is not None:
+        return _peer_sums(c, t, n_bins, scheme, compat)
+    if scheme == "width":
+        edges = width_edges(n_bins, c.device)
+        return _sums(c, t, assign_width(c, n_bins), edges)
+    if scheme == "mass":
+        edges = mass_edges(scores.profile, n_bins)
+        return _sums(c, t, assign_bins(c, edges), edges)
+    if scheme == "rank":
+        order = torch.argsort(c, stable=True)
+        groups = min(n_bins, len(c))
+        rank = torch.arange(len(c), device=c.device)
+        large, rest = divmod(len(c), groups)  # the first `rest` groups have one more
+        cut = rest * (large + 1)
+        index = torch.where(rank < cut, rank // (large + 1), rest + (rank - cut) // large)
+        last = (torch.bincount(index).cumsum(0) - 1)[:-1]
+        ordered = c[order]
+        inner = (ordered[last] + ordered[last + 1]) / 2
+        edges = torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)])
+        return _sums(ordered, t[order], index, edges)
+    raise ConfigError(f"unknown binning scheme '{scheme}': use width, mass or rank")
+
+
+def _peer_sums(c: Tensor, t: Tensor, n_bins: int, scheme: str, compat: str) -> BinSums:
+    if compat == "focal":
+        ordered = np.sort(c.cpu().numpy())
+        places = np.linspace(0, len(c), n_bins + 1)
+        edges = torch.from_numpy(np.interp(places, np.arange(len(c)), ordered)).to(c.device)
+        kept = c > edges[0]
+        index = assign_bins(c[kept], edges)
+        return _sums(c[kept], t[kept], index, edges, total=len(c))
+    if scheme != "width":
+        raise ConfigError(f"compat='{compat}' has equal-width bins only, not '{scheme}'")
+    if compat == "netcal":
+        edges = width_edges(n_bins, c.device)
+        return _sums(c, t, assign_bins(c, edges, closed="left"), edges)
+    if compat == "torchmetrics":
+        edges = torch.linspace(0, 1, n_bins + 1, device=c.device)
+        single = c.float()
+        index = torch.bucketize(single, edges, right=True) - 1  # exactly 1 gets index n_bins
+        return _sums(single.double(), t, index, torch.cat([edges, edges[-1:]]).double())
+    raise ConfigError(f"unknown convention '{compat}': use netcal, torchmetrics or focal")
+
+
+def _sums(
+    c: Tensor, t: Tensor, index: Tensor, edges: Tensor, *, total: int | None = None
+) -> BinSums:
+    bins = len(edges) - 1
+    return BinSums(
+        edges,
+        torch.bincount(index, minlength=bins).double(),
+        torch.bincount(index, weights=c, minlength=bins),
+        torch.bincount(index, weights=t, minlength=bins),
+        len(c) if total is None else total,
+    )
+
+
+def _require_bins(n_bins: int) -> None:
+    if n_bins < 1:
+        raise ConfigError(f"n_bins must be at least 1, got {n_bins}")

@@ -1,0 +1,158 @@
+"""Binned errors corrected for their bias: debiased, sweep, and the noise floor of a perfect model."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcal.calibration.metrics.binning import BinSums, Scheme, bin_sums, width_edges
+from diffcal.calibration.metrics.inputs import Confidences, Predictions
+from diffcal.calibration.metrics.profile import segment_sums
+from diffcal.errors import ConfigError
+
+__all__ = [
+    "SweepResult",
+    "debiased_calibration_error",
+    "debiased_classwise_error",
+    "debiased_squared_error",
+    "ece_noise_floor",
+    "sweep_calibration_error",
+]
+
+
+def debiased_squared_error(scores: Confidences, n_bins: int = 15, scheme: Scheme = "mass") -> float:
+    """Squared calibration error over bins with its sampling bias subtracted; may be negative.
+
+    ``Σ_b w_b [(conf_b - acc_b)² - acc_b (1 - acc_b)/(n_b - 1)]``; bins of one example contribute 0.
+    Average this one over data sets or seeds, not its root.
+
+    Source: Kumar, Liang and Ma 2019 (arXiv:1909.10155), section 5.
+    """
+    return float(_debiased(bin_sums(scores, n_bins, scheme).filled))
+
+
+def debiased_calibration_error(
+    scores: Confidences, n_bins: int = 15, scheme: Scheme = "mass"
+) -> float:
+    """Root of :func:`debiased_squared_error`, 0 where that is negative."""
+    return math.sqrt(max(0.0, debiased_squared_error(scores, n_bins, scheme)))
+
+
+def debiased_classwise_error(
+    predictions: Predictions, n_bins: int = 15, scheme: Scheme = "mass"
+) -> float:
+    """Root of the mean over classes of the squared debiased errors (marginal calibration error)."""
+    values = []
+    for index in range(predictions.classes):
+        part = Confidences(
+            predictions.class_probs(index).clamp(max=1), predictions.class_targets(index)
+        )
+        # the reference clips each class's estimate at 0 before it averages
+        values.append(max(0.0, debiased_squared_error(part, n_bins, scheme)))
+    return math.sqrt(sum(values) / len(values))
+
+
+def _debiased(sums: BinSums) -> Tensor:
+    accuracy = sums.mean_outcome
+    bias = accuracy * (1 - accuracy) / (sums.count - 1)
+    term = torch.where(sums.count > 1, sums.gap.square() - bias, 0)
+    return (sums.weight * term).sum()
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep ECE and the number of bins it settled on."""
+
+    value: float
+    n_bins: int
+
+
+def sweep_calibration_error(scores: Confidences, norm: float = 1.0) -> SweepResult:
+    """Equal-mass ECE with the largest number of bins whose accuracies still rise.
+
+    Bins are raised from 1 until accuracies are not non-decreasing; the last good number counts.
+    Groups hold exactly equal numbers, ties are in the order of the examples.
+
+    Source: Roelofs et al. 2022 (arXiv:2012.08668), algorithm 1.
+    """
+    order = torch.argsort(scores.confidence, stable=True)
+    c, t = scores.confidence[order], scores.outcome[order]
+    zero = c.new_zeros(1)
+    sum_c, sum_t = torch.cat([zero, c.cumsum(0)]), torch.cat([zero, t.cumsum(0)])
+    n = len(c)
+    if bool((torch.diff(t) >= 0).all()):  # then bins of single examples rise, and so do all others
+        return SweepResult(float(((c - t).abs() ** norm).mean() ** (1 / norm)), n)
+    best = SweepResult(float("nan"), 0)
+    for bins in range(1, n + 1):
+        ends = _rank_ends(n, bins, c.device)
+        count = torch.diff(ends).double()
+        accuracy = torch.diff(sum_t[ends]) / count
+        # bins of sums that differ by rounding only count as equal
+        if bool((torch.diff(accuracy) < -1e-12).any()):
+            break
+        gap = (torch.diff(sum_c[ends]) / count - accuracy).abs()
+        best = SweepResult(float((count / n * gap**norm).sum() ** (1 / norm)), bins)
+    return best
+
+
+def _rank_ends(n: int, bins: int, device: torch.device) -> Tensor:
+    sizes = torch.full((bins,), n // bins, dtype=torch.int64, device=device)
+    sizes[: n % bins] += 1
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+
+def ece_noise_floor(
+    scores: Confidences,
+    n_bins: int = 15,
+    scheme: Scheme = "width",
+    n_resamples: int = 200,
+    seed: int = 0,
+) -> float:
+    """Mean ECE of a perfectly calibrated model with these very confidences: what sampling alone gives.
+
+    Outcomes are redrawn from the confidences ``n_resamples`` times. In bins of more than a thousand
+    examples the number of hits is drawn from its normal limit.
+
+    Raises:
+        ConfigError: ``n_resamples`` below 1.
+    """
+    return float(noise_floor_draws(scores, n_bins, scheme, n_resamples, seed).mean())
+
+
+def noise_floor_draws(
+    scores: Confidences,
+    n_bins: int = 15,
+    scheme: Scheme = "width",
+    n_resamples: int = 200,
+    seed: int = 0,
+) -> Float[Tensor, " r"]:
+    """The ECEs behind :func:`ece_noise_floor`, for quantiles."""
+    if n_resamples < 1:
+        raise ConfigError(f"n_resamples must be at least 1, got {n_resamples}")
+    sums = bin_sums(scores, n_bins, scheme)
+    c = scores.profile.confidence
+    count = scores.profile.count
+    if scheme == "rank":
+        raise ConfigError("the noise floor has the schemes width and mass")
+    edges = width_edges(n_bins, c.device) if scheme == "width" else sums.edges
+    ends = torch.searchsorted(c, edges[1:].contiguous(), right=True)
+    ends[-1] = len(c)
+    generator = torch.Generator().manual_seed(seed)
+    bins = torch.diff(ends, prepend=ends.new_zeros(1))
+    # hits minus their expectation has variance sum of c(1 - c)
+    spread = segment_sums(count * c * (1 - c), ends).clamp(min=0).sqrt()
+    draws = torch.randn((n_resamples, len(bins)), generator=generator, dtype=torch.float64)
+    gaps = draws.to(c.device).mul_(spread).abs_()
+    small = (bins <= 1000) & (bins > 0)
+    for index in small.nonzero()[:, 0].tolist():
+        part = slice(int(ends[index] - bins[index]), int(ends[index]))
+        gaps[:, index] = _exact_gaps(c[part], count[part], n_resamples, generator)
+    return gaps.sum(dim=1) / float(count.sum())
+
+
+def _exact_gaps(c: Tensor, count: Tensor, n_resamples: int, generator: torch.Generator) -> Tensor:
+    p = torch.repeat_interleave(c, count.to(torch.int64)).cpu()
+    uniform = torch.rand((n_resamples, len(p)), generator=generator, dtype=torch.float64)
+    return ((uniform < p).double().sum(dim=1) - p.sum()).abs().to(c.device)

@@ -1,0 +1,357 @@
+"""What a metric reads: confidences with outcomes, and the classifier outputs they come from.
+
+:class:`Confidences` is one number in [0, 1] per example and what happened; every binned, kernel and
+selective metric is a function of it. :class:`Predictions` makes it from logits or probabilities and
+hard or soft labels, checks them once, and shares one float64 pass over the rows and one sort among
+all metrics computed from it.
+
+With a soft label q the outcome of a prediction is ``q[predicted]``, the probability that a label
+drawn from q equals the prediction, so that a one-hot q gives exactly the hard-label value.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffcal.calibration.metrics.profile import Profile
+from diffcal.errors import DataError
+
+__all__ = ["BLOCK_ELEMENTS", "Confidences", "Predictions", "SUM_TOLERANCE"]
+
+SUM_TOLERANCE = 1e-3
+"""How far the sum of a row of probabilities or of a soft label may be from 1."""
+
+BLOCK_ELEMENTS = 1 << 18
+"""Entries of a float64 block of rows: 2 MiB, so that temporaries stay in the cache."""
+
+T = TypeVar("T")
+
+
+class Confidences:
+    """Confidences in [0, 1] with outcomes in [0, 1], and what metrics share about them.
+
+    Args:
+        confidence: ``[n]``; for a binary problem the probability of the event.
+        outcome: ``[n]``; 1 where the event happened (the prediction was right), 0 where not; a
+            number between when only its probability is known. Integers and booleans are taken too.
+
+    Raises:
+        DataError: empty, other shapes, NaN, or values outside [0, 1].
+    """
+
+    def __init__(self, confidence: Tensor | np.ndarray, outcome: Tensor | np.ndarray) -> None:
+        c = torch.as_tensor(confidence).detach().double()
+        t = torch.as_tensor(outcome).detach().to(c)
+        if c.ndim != 1 or c.shape != t.shape:
+            raise DataError(
+                "confidence and outcome must be vectors of one length, "
+                f"got {list(c.shape)} and {list(t.shape)}"
+            )
+        if len(c) == 0:
+            raise DataError("no examples: metrics of an empty set are undefined")
+        for name, values in (("confidence", c), ("outcome", t)):
+            low, high = (float(v) for v in values.aminmax())
+            if not (low >= 0 and high <= 1):  # also false for NaN
+                raise DataError(f"{name} must lie in [0, 1]; found values from {low:g} to {high:g}")
+        self._assign(c, t)
+
+    def _assign(self, confidence: Float[Tensor, " n"], outcome: Float[Tensor, " n"]) -> None:
+        self.confidence = confidence
+        self.outcome = outcome
+        self._cache: dict[Any, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.confidence)
+
+    @property
+    def profile(self) -> Profile:
+        """Sorted distinct confidences with counts and outcomes; sorted once."""
+        return self.cached("profile", lambda: Profile.of(self.confidence, self.outcome))
+
+    @property
+    def mean_outcome(self) -> float:
+        """Share of examples whose event happened; the accuracy of a classifier."""
+        return float(self.outcome.mean())
+
+    def cached(self, key: Any, make: Callable[[], T]) -> T:
+        """``make()``, remembered under ``key`` so that metrics computed together share it."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+
+class Predictions(Confidences):
+    """Outputs of a classifier with their labels; as :class:`Confidences`, those of the top label.
+
+    Give exactly one of ``logits`` and ``probs`` and exactly one of ``labels`` and ``soft_labels``;
+    none is ever guessed from values. The predicted class is the lowest index among equal maxima.
+    Everything is computed in float64 in blocks of rows; the inputs are referred to, not copied.
+
+    Args:
+        logits: ``[n, k]``, floating, finite.
+        probs: ``[n, k]``, non-negative rows that sum to 1 within 1e-3.
+        labels: ``[n]`` integers in 0..k-1.
+        soft_labels: ``[n, k]`` non-negative rows that sum to 1 within 1e-3.
+        renormalize: Divide rows of ``probs`` by their sums first (any positive sum is then allowed).
+        eps: Probabilities below this count as this in the log score; 0 gives infinity where a
+            probability of 0 was given to a class that occurred. Only for ``probs``.
+
+    Attributes:
+        confidence, outcome: see :class:`Confidences`, float64 ``[n]``.
+        predicted: int64 ``[n]``.
+        log_score: float64 ``[n]``, nats: cross-entropy of the label and the prediction.
+        brier: float64 ``[n]``: squared distance of the prediction and the (one-hot) label, summed
+            over classes.
+
+    Raises:
+        DataError: NaN or infinite values, labels out of range, probabilities that do not sum to 1
+            (logits passed as probabilities, for example), fewer than two classes, no rows.
+    """
+
+    predicted: Int[Tensor, " n"]
+    log_score: Float[Tensor, " n"]
+    brier: Float[Tensor, " n"]
+
+    def __init__(
+        self,
+        *,
+        logits: Tensor | np.ndarray | None = None,
+        probs: Tensor | np.ndarray | None = None,
+        labels: Tensor | np.ndarray | None = None,
+        soft_labels: Tensor | np.ndarray | None = None,
+        renormalize: bool = False,
+        eps: float = 0.0,
+    ) -> None:
+        if (logits is None) == (probs is None):
+            raise DataError("give exactly one of logits and probs")
+        if (labels is None) == (soft_labels is None):
+            raise DataError("give exactly one of labels and soft_labels")
+        self.is_logits = logits is not None
+        scores = torch.as_tensor(logits if logits is not None else probs).detach()
+        what = "logits" if self.is_logits else "probs"
+        if scores.ndim != 2 or not scores.is_floating_point():
+            raise DataError(
+                f"{what} must be floating of shape [n, k], got {scores.dtype} {list(scores.shape)}"
+            )
+        n, self.classes = scores.shape
+        if n == 0:
+            raise DataError("no examples: metrics of an empty set are undefined")
+        if self.classes < 2:
+            raise DataError(
+                f"{what} have {self.classes} class; a classifier needs at least 2 "
+                "(for one probability per example use Confidences)"
+            )
+        self.scores = scores
+        self._renormalize = renormalize
+        self._eps = eps
+        self.labels = None if labels is None else _hard(labels, n, self.classes, scores.device)
+        self.soft_labels = None if soft_labels is None else _soft(soft_labels, scores)
+        self._pass()
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether labels are distributions."""
+        return self.soft_labels is not None
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block of about ``BLOCK_ELEMENTS`` entries."""
+        return max(1, BLOCK_ELEMENTS // self.classes)
+
+    def row_blocks(self) -> Iterator[slice]:
+        """Slices that cover the rows."""
+        for start in range(0, len(self.scores), self.block_rows):
+            yield slice(start, min(start + self.block_rows, len(self.scores)))
+
+    def probs(self, rows: slice | Tensor = slice(None)) -> Float[Tensor, "n k"]:
+        """Probabilities of some rows in float64; all rows at once only where n·k is small."""
+        block = self.scores[rows].double()
+        if self.is_logits:
+            return block.softmax(dim=1)
+        return block / block.sum(dim=1, keepdim=True) if self._renormalize else block
+
+    def class_probs(self, index: int) -> Float[Tensor, " n"]:
+        """Probabilities of one class in float64, without holding those of the others."""
+        return self.columns(slice(index, index + 1))[:, 0]
+
+    def columns(self, classes: slice) -> Float[Tensor, "n c"]:
+        """Probabilities of a few classes for all rows, float64."""
+        block = self.scores[:, classes].double()
+        if self.is_logits:
+            return block.sub(self._log_norm[:, None]).exp_()
+        return block / self._row_sum[:, None] if self._renormalize else block
+
+    def targets(self, rows: slice | Tensor = slice(None)) -> Float[Tensor, "n k"]:
+        """Labels of some rows as float64 distributions."""
+        if self.soft_labels is not None:
+            return self.soft_labels[rows].double()
+        assert self.labels is not None
+        y = self.labels[rows]
+        return torch.zeros((len(y), self.classes), dtype=torch.float64, device=y.device).scatter_(
+            1, y[:, None], 1.0
+        )
+
+    def class_targets(self, index: int) -> Float[Tensor, " n"]:
+        """Outcome of one class for all rows: 1 where it is the label, or its soft label."""
+        if self.soft_labels is not None:
+            return self.soft_labels[:, index].double()
+        assert self.labels is not None
+        return (self.labels == index).double()
+
+    def select(self, rows: Tensor) -> "Predictions":
+        """The predictions of some rows (indices may repeat), as new predictions."""
+        y, q = self.labels, self.soft_labels
+        made = Predictions.__new__(Predictions)
+        made.is_logits, made.classes = self.is_logits, self.classes
+        made._renormalize, made._eps = self._renormalize, self._eps
+        made.scores = self.scores[rows]
+        made.labels = None if y is None else y[rows]
+        made.soft_labels = None if q is None else q[rows]
+        made._pass()
+        return made
+
+    def scaled(self, temperature: float) -> "Predictions":
+        """The predictions with logits divided by ``temperature`` (log-probabilities if of probs)."""
+        if not temperature > 0:
+            raise DataError(f"temperature must be positive, got {temperature:g}")
+        if not self.is_logits and bool((self.scores == 0).any()):
+            raise DataError(
+                "probabilities of exactly 0 cannot be scaled by a temperature: pass logits"
+            )
+        z = self.scores.double() if self.is_logits else self.scores.double().log()
+        return Predictions(logits=z / temperature, labels=self.labels, soft_labels=self.soft_labels)
+
+    def _pass(self) -> None:
+        n, device = len(self.scores), self.scores.device
+        self.predicted = torch.empty(n, dtype=torch.int64, device=device)
+        # rows of one tensor: confidence, outcome, log score, Brier score, and the normaliser
+        columns = torch.empty((5, n), dtype=torch.float64, device=device)
+        for rows in self.row_blocks():
+            read = self._read_logits if self.is_logits else self._read_probs
+            read(rows, columns[:, rows], self.predicted[rows])
+        self.log_score, self.brier = columns[2], columns[3]
+        self._log_norm = self._row_sum = columns[4]
+        self._assign(columns[0], columns[1])
+
+    def _read_logits(self, rows: slice, into: Tensor, predicted: Tensor) -> None:
+        block = self.scores[rows]
+        z = block.double()
+        if not bool(z.sum().isfinite()):  # a sum may overflow although every entry is finite
+            _require_finite(block, "logits", rows.start)
+        top, index = block.max(dim=1)
+        predicted.copy_(index)
+        top = top.double()
+        z = z - top[:, None] if z is block else z.sub_(top[:, None])
+        if self.soft_labels is not None:
+            q = self.soft_labels[rows].double()
+            mean_z = (q * z).sum(dim=1)
+            into[1] = q.gather(1, index[:, None])[:, 0]
+            e = z.exp_()
+            norm = e.sum(dim=1)
+            # q need not sum to exactly 1; its cross-entropy with a distribution then still is exact
+            into[2] = norm.log().mul_(q.sum(dim=1)).sub_(mean_z)
+            into[3] = e.div_(norm[:, None]).sub_(q).square_().sum(dim=1)
+        else:
+            assert self.labels is not None
+            y = self.labels[rows]
+            into[1] = index == y
+            z_y = z.gather(1, y[:, None])[:, 0]
+            e = z.exp_()
+            norm = e.sum(dim=1)
+            into[2] = norm.log().sub_(z_y)
+            p_y = z_y.exp_() / norm
+            squares = e.square_().sum(dim=1).div_(norm).div_(norm)
+            into[3] = squares.sub_(p_y, alpha=2).add_(1).clamp_(min=0)
+        into[0] = norm.reciprocal()
+        into[4] = norm.log_().add_(top)
+
+    def _read_probs(self, rows: slice, into: Tensor, predicted: Tensor) -> None:
+        block = self.scores[rows]
+        p = block.double()
+        sums = p.sum(dim=1)
+        if not bool(sums.isfinite().all()):
+            _require_finite(block, "probs", rows.start)
+        _check_distribution(p, sums, "probs", rows.start, any_sum=self._renormalize)
+        if self._renormalize:
+            p = p / sums[:, None]
+        index = p.argmax(dim=1)
+        predicted.copy_(index)
+        into[0] = p.gather(1, index[:, None])[:, 0].clamp_(max=1)
+        floored = p.clamp(min=self._eps) if self._eps > 0 else p
+        if self.soft_labels is not None:
+            q = self.soft_labels[rows].double()
+            into[1] = q.gather(1, index[:, None])[:, 0]
+            into[2] = -torch.special.xlogy(q, floored).sum(dim=1)
+            into[3] = (p - q).square_().sum(dim=1)
+        else:
+            assert self.labels is not None
+            y = self.labels[rows][:, None]
+            into[1] = index == y[:, 0]
+            into[2] = floored.gather(1, y)[:, 0].log().neg_()
+            p_y = p.gather(1, y)[:, 0]
+            into[3] = p.square().sum(dim=1).sub_(p_y.square()).add_((1 - p_y).square_())
+        into[4] = sums
+
+
+def _hard(
+    labels: Tensor | np.ndarray, n: int, classes: int, device: torch.device
+) -> Int[Tensor, " n"]:
+    y = torch.as_tensor(labels).detach()
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise DataError(f"labels must be integers, got {y.dtype}; distributions go to soft_labels")
+    if y.ndim != 1 or len(y) != n:
+        raise DataError(f"labels must have shape [{n}], got {list(y.shape)}")
+    low, high = (int(v) for v in y.aminmax())
+    if low < 0 or high >= classes:
+        raise DataError(f"labels run from {low} to {high}, but there are {classes} classes")
+    return y.to(device=device, dtype=torch.int64)
+
+
+def _soft(soft_labels: Tensor | np.ndarray, scores: Tensor) -> Tensor:
+    q = torch.as_tensor(soft_labels).detach().to(scores.device)
+    if not q.is_floating_point() or q.shape != scores.shape:
+        raise DataError(
+            f"soft_labels must be floating of shape {list(scores.shape)}, "
+            f"got {q.dtype} {list(q.shape)}"
+        )
+    rows = max(1, BLOCK_ELEMENTS // q.shape[1])
+    for start in range(0, len(q), rows):
+        block = q[start : start + rows].double()
+        sums = block.sum(dim=1)
+        if not bool(sums.isfinite().all()):
+            _require_finite(block, "soft_labels", start)
+        _check_distribution(block, sums, "soft_labels", start)
+    return q
+
+
+def _require_finite(block: Tensor, what: str, start: int) -> None:
+    finite = block.isfinite().all(dim=1)
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0])
+        raise DataError(
+            f"{what} hold NaN or infinite values ({int((~finite).sum())} rows in this block, "
+            f"the first is row {start + bad})"
+        )
+
+
+def _check_distribution(
+    p: Tensor, sums: Tensor, what: str, start: int, any_sum: bool = False
+) -> None:
+    if float(p.min()) < 0:
+        row = int((p < 0).any(dim=1).nonzero()[0])
+        hint = "; logits go to logits=" if what == "probs" else ""
+        raise DataError(
+            f"{what} must not be negative: row {start + row} holds {float(p[row].min()):g}{hint}"
+        )
+    off = (sums <= 0) if any_sum else (sums - 1).abs() > SUM_TOLERANCE
+    if bool(off.any()):
+        row = int(off.nonzero()[0])
+        hint = "" if what != "probs" else "; logits go to logits=, or pass renormalize=True"
+        raise DataError(
+            f"{what} must sum to 1 within {SUM_TOLERANCE:g}: "
+            f"row {start + row} sums to {float(sums[row]):.6g}{hint}"
+        )

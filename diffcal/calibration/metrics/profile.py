@@ -1,0 +1,69 @@
+"""Sorted confidences: the compressed form from which ranking and kernel metrics are computed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["Profile", "segment_sums", "sort_with_order"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Distinct confidences in rising order, with how often each occurs and how often it was right.
+
+    Metrics of a profile treat equal confidences as one block, so that they do not depend on the
+    order of the examples. ``count`` and ``hits`` may carry leading axes (bootstrap resamples of one
+    set of confidences); a metric then returns one value per leading index.
+    """
+
+    confidence: Float[Tensor, " m"]
+    count: Float[Tensor, "*r m"]
+    hits: Float[Tensor, "*r m"]
+
+    @staticmethod
+    def of(confidence: Float[Tensor, " n"], outcome: Float[Tensor, " n"]) -> "Profile":
+        """Profile of single examples."""
+        c, order = sort_with_order(confidence)
+        t = outcome[order]
+        last = torch.ones(len(c), dtype=torch.bool, device=c.device)
+        torch.ne(c[1:], c[:-1], out=last[:-1])
+        if bool(last.all()):
+            return Profile(c, torch.ones_like(c), t)
+        ends = last.nonzero()[:, 0] + 1
+        counts = torch.diff(ends, prepend=ends.new_zeros(1)).double()
+        return Profile(c[ends - 1], counts, segment_sums(t, ends))
+
+    @property
+    def total(self) -> Float[Tensor, "*r"]:
+        """Number of examples."""
+        return self.count.sum(dim=-1)
+
+    @property
+    def residual(self) -> Float[Tensor, "*r m"]:
+        """Sum over each block of confidence minus outcome."""
+        return self.count * self.confidence - self.hits
+
+    def quantile_values(self, ranks: Int[Tensor, " j"]) -> Float[Tensor, " j"]:
+        """The values at 0-based ``ranks`` of the sorted examples (no leading axes)."""
+        if len(self.confidence) == int(self.total):
+            return self.confidence[ranks]
+        cumulative = self.count.cumsum(dim=0)
+        return self.confidence[torch.searchsorted(cumulative, ranks.double(), right=True)]
+
+
+def segment_sums(values: Float[Tensor, "*r m"], ends: Int[Tensor, " b"]) -> Float[Tensor, "*r b"]:
+    """Sums of ``values`` between consecutive ``ends`` (exclusive), the first segment from 0."""
+    cumulative = values.cumsum(dim=-1)
+    cumulative = torch.nn.functional.pad(cumulative, (1, 0))[..., ends]
+    return torch.diff(cumulative, dim=-1, prepend=torch.zeros_like(cumulative[..., :1]))
+
+
+def sort_with_order(values: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+    """Sorted values and the indices that sort them; the order among equal values is unspecified."""
+    if values.device.type == "cpu":  # NumPy's vectorised sort is faster than torch's stable one
+        order = torch.from_numpy(np.argsort(values.numpy()))
+        return values[order], order
+    return torch.sort(values)

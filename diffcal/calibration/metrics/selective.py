@@ -1,0 +1,186 @@
+"""Selective classification: how well confidence ranks right predictions above wrong ones."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcal.calibration.metrics.inputs import Confidences
+from diffcal.calibration.metrics.profile import Profile
+from diffcal.errors import ConfigError
+
+__all__ = [
+    "RiskCoverage",
+    "area_under_generalised_risk_coverage",
+    "area_under_risk_coverage",
+    "augrc_of_profile",
+    "aurc_of_profile",
+    "auroc_of_confidence",
+    "auroc_of_profile",
+    "coverage_at_risk",
+    "excess_area_under_risk_coverage",
+    "optimal_area_under_risk_coverage",
+    "risk_coverage_curve",
+    "selective_accuracy",
+]
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """Risk among the most confident examples at the end of each block of equal confidences."""
+
+    coverage: Float[Tensor, " m"]
+    """Share of examples kept, rising to 1."""
+    risk: Float[Tensor, " m"]
+    """Share of errors among the kept."""
+    threshold: Float[Tensor, " m"]
+    """Examples of at least this confidence are kept."""
+
+
+def risk_coverage_curve(scores: Confidences) -> RiskCoverage:
+    """Risk against coverage as the confidence threshold falls.
+
+    Source: El-Yaniv and Wiener 2010; Geifman and El-Yaniv 2017 (arXiv:1705.08500).
+    """
+    c, kept, errors = _falling(scores.profile)
+    return RiskCoverage(kept / kept[-1], errors / kept, c)
+
+
+def area_under_risk_coverage(scores: Confidences) -> float:
+    """AURC: mean over j = 1..N of the risk among the j most confident examples.
+
+    The errors of a block of equal confidences are spread evenly over it.
+
+    Source: Geifman, Uziel and El-Yaniv 2019 (arXiv:1805.08206).
+    """
+    return float(aurc_of_profile(scores.profile))
+
+
+def aurc_of_profile(profile: Profile) -> Float[Tensor, "*r"]:
+    """:func:`area_under_risk_coverage` of each resample of a profile."""
+    _, kept, errors = _falling(profile)
+    count = torch.diff(kept, dim=-1, prepend=torch.zeros_like(kept[..., :1]))
+    failed = torch.diff(errors, dim=-1, prepend=torch.zeros_like(errors[..., :1]))
+    before, errors_before = kept - count, errors - failed
+    # sum over i = 1..m of (E + e i/m) / (n + i) = (E - e n/m) (H(n + m) - H(n)) + e
+    rate = failed / count.clamp(min=1)
+    harmonic = torch.special.digamma(kept + 1) - torch.special.digamma(before + 1)
+    areas = (errors_before - rate * before) * harmonic + failed
+    return torch.where(count > 0, areas, 0).sum(dim=-1) / profile.total
+
+
+def optimal_area_under_risk_coverage(scores: Confidences) -> float:
+    """AURC if all right predictions were ranked above all wrong ones: ``1/N Σ_j max(0, j-(N-E))/j``."""
+    n = len(scores)
+    right = float(scores.outcome.sum())
+    steps = torch.arange(1, n + 1, dtype=torch.float64)
+    return float(((steps - right).clamp(min=0) / steps).mean())
+
+
+def excess_area_under_risk_coverage(scores: Confidences, geifman: bool = False) -> float:
+    """E-AURC: AURC minus that of the perfect ordering with the same accuracy.
+
+    Args:
+        geifman: Subtract the paper's approximation ``r + (1-r) log(1-r)`` instead of the exact sum.
+
+    Source: Geifman, Uziel and El-Yaniv 2019 (arXiv:1805.08206), section 3.
+    """
+    area = area_under_risk_coverage(scores)
+    if not geifman:
+        return area - optimal_area_under_risk_coverage(scores)
+    risk = 1 - scores.mean_outcome
+    return area - (risk + ((1 - risk) * math.log1p(-risk) if risk < 1 else 0.0))
+
+
+def area_under_generalised_risk_coverage(scores: Confidences) -> float:
+    """AUGRC: mean over j of the errors among the j most confident examples divided by N.
+
+    Source: Traub et al. 2024 (arXiv:2407.01032).
+    """
+    return float(augrc_of_profile(scores.profile))
+
+
+def augrc_of_profile(profile: Profile) -> Float[Tensor, "*r"]:
+    """:func:`area_under_generalised_risk_coverage` of each resample of a profile."""
+    _, kept, errors = _falling(profile)
+    count = torch.diff(kept, dim=-1, prepend=torch.zeros_like(kept[..., :1]))
+    failed = torch.diff(errors, dim=-1, prepend=torch.zeros_like(errors[..., :1]))
+    # errors before the block stay for all m of its steps, its own enter evenly: e (m + 1) / 2
+    areas = (errors - failed) * count + failed * (count + 1) / 2
+    return areas.sum(dim=-1) / profile.total.square()
+
+
+def auroc_of_confidence(scores: Confidences) -> float:
+    """Probability that a right prediction is more confident than a wrong one, ties half.
+
+    NaN if all predictions are right or all are wrong.
+    """
+    return float(auroc_of_profile(scores.profile))
+
+
+def auroc_of_profile(profile: Profile) -> Float[Tensor, "*r"]:
+    """:func:`auroc_of_confidence` of each resample of a profile."""
+    wrong = profile.count - profile.hits
+    below = wrong.cumsum(dim=-1) - wrong
+    wins = (profile.hits * (below + wrong / 2)).sum(dim=-1)
+    pairs = profile.hits.sum(dim=-1) * wrong.sum(dim=-1)
+    return torch.where(pairs > 0, wins / pairs, math.nan)
+
+
+def selective_accuracy(scores: Confidences, coverage: float) -> float:
+    """Accuracy of the ``ceil(coverage N)`` most confident examples; ties are shared evenly.
+
+    Raises:
+        ConfigError: ``coverage`` outside (0, 1].
+    """
+    if not 0 < coverage <= 1:
+        raise ConfigError(f"coverage must lie in (0, 1], got {coverage}")
+    _, kept, errors = _falling(scores.profile)
+    n = len(scores)
+    wanted = min(n, math.ceil(coverage * n - 1e-9))  # 0.7 * 10 is 7.000000000000001
+    block = int(torch.searchsorted(kept, torch.tensor(float(wanted), dtype=kept.dtype).to(kept)))
+    before = float(kept[block - 1]) if block else 0.0
+    errors_before = float(errors[block - 1]) if block else 0.0
+    share = (wanted - before) / (float(kept[block]) - before)
+    lost = errors_before + share * (float(errors[block]) - errors_before)
+    return 1 - lost / wanted
+
+
+def coverage_at_risk(scores: Confidences, risk: float) -> float:
+    """Largest coverage at which the risk is at most ``risk``; 0 if even the first example errs.
+
+    Any number of examples may be kept; inside a block of equal confidences errors are spread evenly.
+
+    Raises:
+        ConfigError: ``risk`` outside [0, 1].
+    """
+    if not 0 <= risk <= 1:
+        raise ConfigError(f"risk must lie in [0, 1], got {risk}")
+    _, kept, errors = _falling(scores.profile)
+    n = float(kept[-1])
+    count = torch.diff(kept, prepend=kept.new_zeros(1))
+    failed = torch.diff(errors, prepend=errors.new_zeros(1))
+    before, errors_before = kept - count, errors - failed
+    # largest whole i in 0..m with E + e i/m <= risk (n + i)
+    slack = risk * before - errors_before
+    slope = failed / count - risk
+    steps = torch.where(
+        slope > 1e-15, torch.floor(slack / slope.clamp(min=1e-15) + 1e-9), count
+    ).clamp(max=count)
+    # with falling risk inside the block only its end can be the largest
+    fits = torch.where(
+        slope > 1e-15, (slack >= -1e-12) & (steps >= 1), slack >= slope * count - 1e-12
+    )
+    best = torch.where(fits, before + steps, 0).max()
+    return float(best) / n
+
+
+def _falling(
+    profile: Profile,
+) -> tuple[Float[Tensor, " m"], Float[Tensor, "*r m"], Float[Tensor, "*r m"]]:
+    """Confidences in falling order with examples and errors up to and including each."""
+    kept = profile.count.flip(-1).cumsum(dim=-1)
+    errors = (profile.count - profile.hits).flip(-1).cumsum(dim=-1)
+    return profile.confidence.flip(-1), kept, errors
