@@ -1,1 +1,1 @@
-"""Calibration metrics on tensors: top-label, class-wise, proper scores, selective, out-of-distribution."""
+"""Calibration metrics on tensors: top label, class-wise, proper scores, selective, detection."""

@@ -3,21 +3,28 @@
 import math
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from diffcal.calibration.metrics.binning import BinSums, Compat, Scheme, bin_sums
 from diffcal.calibration.metrics.inputs import Confidences
-from diffcal.errors import ConfigError, DataError
+from diffcal.errors import ConfigError
 
 __all__ = [
     "average_calibration_error",
+    "average_of_sums",
     "calibration_gap",
+    "ece_of_sums",
     "expected_calibration_error",
     "maximum_calibration_error",
+    "mce_of_sums",
     "over_confidence_error",
     "over_confidence_part",
+    "over_part_of_sums",
     "root_mean_square_calibration_error",
     "under_confidence_error",
     "under_confidence_part",
+    "under_part_of_sums",
 ]
 
 
@@ -39,13 +46,7 @@ def expected_calibration_error(
     Source: Naeini et al. 2015; Guo et al. 2017 (arXiv:1706.04599), equation 3; Nguyen and O'Connor
     2015 for equal mass.
     """
-    sums = bin_sums(scores, n_bins, scheme, compat).filled
-    if norm < 1:
-        raise ConfigError(f"norm must be at least 1, got {norm}")
-    gap = sums.gap.abs()
-    if math.isinf(norm):
-        return _largest(gap)
-    return float((sums.weight * gap**norm).sum() ** (1 / norm))
+    return float(ece_of_sums(bin_sums(scores, n_bins, scheme, compat), norm))
 
 
 def root_mean_square_calibration_error(
@@ -72,8 +73,7 @@ def maximum_calibration_error(
 
     Source: Naeini et al. 2015; Guo et al. 2017 (arXiv:1706.04599), equation 5.
     """
-    sums = bin_sums(scores, n_bins, scheme, compat).filled
-    return _largest(sums.gap.abs()[sums.count >= min_count])
+    return float(mce_of_sums(bin_sums(scores, n_bins, scheme, compat), min_count))
 
 
 def average_calibration_error(
@@ -83,7 +83,7 @@ def average_calibration_error(
 
     Source: Neumann et al. 2018.
     """
-    return float(bin_sums(scores, n_bins, scheme, compat).filled.gap.abs().mean())
+    return float(average_of_sums(bin_sums(scores, n_bins, scheme, compat)))
 
 
 def calibration_gap(scores: Confidences) -> float:
@@ -95,16 +95,14 @@ def over_confidence_part(
     scores: Confidences, n_bins: int = 15, scheme: Scheme = "width", compat: Compat | None = None
 ) -> float:
     """The part of the ECE from bins whose confidence exceeds their accuracy."""
-    sums = bin_sums(scores, n_bins, scheme, compat).filled
-    return float((sums.weight * sums.gap.clamp(min=0)).sum())
+    return float(over_part_of_sums(bin_sums(scores, n_bins, scheme, compat)))
 
 
 def under_confidence_part(
     scores: Confidences, n_bins: int = 15, scheme: Scheme = "width", compat: Compat | None = None
 ) -> float:
     """The part of the ECE from bins whose accuracy exceeds their confidence."""
-    sums = bin_sums(scores, n_bins, scheme, compat).filled
-    return float((sums.weight * (-sums.gap).clamp(min=0)).sum())
+    return float(under_part_of_sums(bin_sums(scores, n_bins, scheme, compat)))
 
 
 def over_confidence_error(
@@ -129,12 +127,37 @@ def under_confidence_error(
     return float((sums.weight * sums.mean_outcome * (-sums.gap).clamp(min=0)).sum())
 
 
-def ece_of_sums(sums: BinSums) -> float:
-    """ECE of ready bin sums, as a streaming accumulator holds them."""
-    if sums.total == 0:
-        raise DataError("no examples: metrics of an empty set are undefined")
-    return float((sums.confidence - sums.outcome).abs().sum() / sums.total)
+def ece_of_sums(sums: BinSums, norm: float = 1.0) -> Float[Tensor, "*r"]:
+    """:func:`expected_calibration_error` of ready sums, one value per leading index."""
+    if norm < 1:
+        raise ConfigError(f"norm must be at least 1, got {norm}")
+    if math.isinf(norm):
+        return mce_of_sums(sums)
+    residual = (sums.confidence - sums.outcome).abs()
+    if norm == 1:  # n_b |conf_b - acc_b| is the residual itself
+        return residual.sum(dim=-1) / sums.total
+    gap = residual / sums.count.clamp(min=1)
+    return (sums.weight * gap**norm).sum(dim=-1) ** (1 / norm)
 
 
-def _largest(gaps: torch.Tensor) -> float:
-    return float(gaps.max()) if len(gaps) else math.nan
+def mce_of_sums(sums: BinSums, min_count: int = 1) -> Float[Tensor, "*r"]:
+    """:func:`maximum_calibration_error` of ready sums."""
+    large = sums.count >= max(min_count, 1)
+    gap = torch.where(large, sums.gap.abs(), -1).amax(dim=-1)
+    return torch.where(gap < 0, math.nan, gap)
+
+
+def average_of_sums(sums: BinSums) -> Float[Tensor, "*r"]:
+    """:func:`average_calibration_error` of ready sums."""
+    filled = sums.count > 0
+    return torch.where(filled, sums.gap.abs(), 0).sum(dim=-1) / filled.sum(dim=-1).double()
+
+
+def over_part_of_sums(sums: BinSums) -> Float[Tensor, "*r"]:
+    """:func:`over_confidence_part` of ready sums."""
+    return (sums.confidence - sums.outcome).clamp(min=0).sum(dim=-1) / sums.total
+
+
+def under_part_of_sums(sums: BinSums) -> Float[Tensor, "*r"]:
+    """:func:`under_confidence_part` of ready sums."""
+    return (sums.outcome - sums.confidence).clamp(min=0).sum(dim=-1) / sums.total

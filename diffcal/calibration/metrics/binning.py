@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffcal.calibration.metrics.inputs import Confidences
-from diffcal.calibration.metrics.profile import Profile
+from diffcal.calibration.metrics.profile import Profile, segment_sums
 from diffcal.errors import ConfigError
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "assign_width",
     "bin_sums",
     "mass_edges",
+    "profile_bin_sums",
     "width_edges",
 ]
 
@@ -43,41 +44,44 @@ sorted confidences, (lower, upper], every example that equals the smallest confi
 
 @dataclass(frozen=True)
 class BinSums:
-    """Sums over the examples of each bin, from lowest to highest confidence."""
+    """Sums over the examples of each bin, from lowest to highest confidence.
+
+    Sums may carry leading axes, one entry per bootstrap resample of the same bins.
+    """
 
     edges: Float[Tensor, " m1"]
     """Bin borders, first to last; for ``rank`` bins the midpoints between groups."""
-    count: Float[Tensor, " m"]
-    confidence: Float[Tensor, " m"]
-    outcome: Float[Tensor, " m"]
+    count: Float[Tensor, "*r m"]
+    confidence: Float[Tensor, "*r m"]
+    outcome: Float[Tensor, "*r m"]
     total: int
     """Examples in all, also those that a convention drops."""
 
     @property
     def filled(self) -> "BinSums":
-        """The same without empty bins (edges stay as they are)."""
+        """The same without empty bins (edges stay as they are); only without leading axes."""
         keep = self.count > 0
         return BinSums(
             self.edges, self.count[keep], self.confidence[keep], self.outcome[keep], self.total
         )
 
     @property
-    def weight(self) -> Float[Tensor, " m"]:
+    def weight(self) -> Float[Tensor, "*r m"]:
         """Share of the examples in each bin."""
         return self.count / self.total
 
     @property
-    def mean_confidence(self) -> Float[Tensor, " m"]:
+    def mean_confidence(self) -> Float[Tensor, "*r m"]:
         """Mean confidence of each bin, NaN where it is empty."""
         return self.confidence / self.count
 
     @property
-    def mean_outcome(self) -> Float[Tensor, " m"]:
+    def mean_outcome(self) -> Float[Tensor, "*r m"]:
         """Accuracy of each bin, NaN where it is empty."""
         return self.outcome / self.count
 
     @property
-    def gap(self) -> Float[Tensor, " m"]:
+    def gap(self) -> Float[Tensor, "*r m"]:
         """Mean confidence minus accuracy; positive where confidence is too high."""
         return (self.confidence - self.outcome) / self.count
 
@@ -140,6 +144,19 @@ def bin_sums(
     _require_bins(n_bins)
     key = ("bins", n_bins, scheme, compat)
     return scores.cached(key, lambda: _bin_sums(scores, n_bins, scheme, compat))
+
+
+def profile_bin_sums(profile: Profile, edges: Float[Tensor, " m1"]) -> BinSums:
+    """Sums over (lower, upper] bins of every resample of a profile, at given borders."""
+    ends = torch.searchsorted(profile.confidence, edges[1:].contiguous(), right=True)
+    ends[-1] = len(profile.confidence)
+    return BinSums(
+        edges,
+        segment_sums(profile.count, ends),
+        segment_sums(profile.count * profile.confidence, ends),
+        segment_sums(profile.hits, ends),
+        round(float(profile.total.flatten()[0])),
+    )
 
 
 def _bin_sums(scores: Confidences, n_bins: int, scheme: str, compat: str | None) -> BinSums:

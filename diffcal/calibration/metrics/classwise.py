@@ -210,9 +210,7 @@ def _sorted_errors(
 
 def _values(p: Float[Tensor, " n"]) -> Profile:
     """A profile whose outcomes are not needed: sorting values alone is faster."""
-    if p.device.type == "cpu":
-        ordered = torch.from_numpy(np.sort(p.numpy()))
-    else:
-        ordered = p.sort().values
+    on_cpu = p.device.type == "cpu"
+    ordered = torch.from_numpy(np.sort(p.numpy())) if on_cpu else p.sort().values
     ones = torch.ones_like(ordered)
     return Profile(ordered, ones, ones)

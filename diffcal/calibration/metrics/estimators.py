@@ -16,8 +16,10 @@ __all__ = [
     "SweepResult",
     "debiased_calibration_error",
     "debiased_classwise_error",
+    "debiased_square_of_sums",
     "debiased_squared_error",
     "ece_noise_floor",
+    "noise_floor_draws",
     "sweep_calibration_error",
 ]
 
@@ -30,7 +32,7 @@ def debiased_squared_error(scores: Confidences, n_bins: int = 15, scheme: Scheme
 
     Source: Kumar, Liang and Ma 2019 (arXiv:1909.10155), section 5.
     """
-    return float(_debiased(bin_sums(scores, n_bins, scheme).filled))
+    return float(debiased_square_of_sums(bin_sums(scores, n_bins, scheme)))
 
 
 def debiased_calibration_error(
@@ -54,11 +56,12 @@ def debiased_classwise_error(
     return math.sqrt(sum(values) / len(values))
 
 
-def _debiased(sums: BinSums) -> Tensor:
+def debiased_square_of_sums(sums: BinSums) -> Float[Tensor, "*r"]:
+    """:func:`debiased_squared_error` of ready sums."""
     accuracy = sums.mean_outcome
     bias = accuracy * (1 - accuracy) / (sums.count - 1)
     term = torch.where(sums.count > 1, sums.gap.square() - bias, 0)
-    return (sums.weight * term).sum()
+    return (sums.weight * term).sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,11 @@ def sweep_calibration_error(scores: Confidences, norm: float = 1.0) -> SweepResu
 
     Source: Roelofs et al. 2022 (arXiv:2012.08668), algorithm 1.
     """
-    order = torch.argsort(scores.confidence, stable=True)
-    c, t = scores.confidence[order], scores.outcome[order]
+    if len(scores.profile.confidence) == len(scores):  # no ties: the shared sort will do
+        c, t = scores.profile.confidence, scores.profile.hits
+    else:
+        order = torch.argsort(scores.confidence, stable=True)
+        c, t = scores.confidence[order], scores.outcome[order]
     zero = c.new_zeros(1)
     sum_c, sum_t = torch.cat([zero, c.cumsum(0)]), torch.cat([zero, t.cumsum(0)])
     n = len(c)

@@ -230,22 +230,26 @@ class Predictions(Confidences):
         self.predicted = torch.empty(n, dtype=torch.int64, device=device)
         # rows of one tensor: confidence, outcome, log score, Brier score, and the normaliser
         columns = torch.empty((5, n), dtype=torch.float64, device=device)
+        # one buffer for all blocks: fresh memory for each costs more than the arithmetic
+        buffer = torch.empty(
+            (min(n, self.block_rows), self.classes), dtype=torch.float64, device=device
+        )
         for rows in self.row_blocks():
             read = self._read_logits if self.is_logits else self._read_probs
-            read(rows, columns[:, rows], self.predicted[rows])
+            block = buffer[: rows.stop - rows.start].copy_(self.scores[rows])
+            read(rows, block, columns[:, rows], self.predicted[rows])
         self.log_score, self.brier = columns[2], columns[3]
         self._log_norm = self._row_sum = columns[4]
         self._assign(columns[0], columns[1])
 
-    def _read_logits(self, rows: slice, into: Tensor, predicted: Tensor) -> None:
-        block = self.scores[rows]
-        z = block.double()
+    def _read_logits(self, rows: slice, z: Tensor, into: Tensor, predicted: Tensor) -> None:
+        """Fill the columns of some rows; ``z`` is their float64 copy and is overwritten."""
         if not bool(z.sum().isfinite()):  # a sum may overflow although every entry is finite
-            _require_finite(block, "logits", rows.start)
-        top, index = block.max(dim=1)
+            _require_finite(z, "logits", rows.start)
+        top, index = self.scores[rows].max(dim=1)
         predicted.copy_(index)
         top = top.double()
-        z = z - top[:, None] if z is block else z.sub_(top[:, None])
+        z.sub_(top[:, None])
         if self.soft_labels is not None:
             q = self.soft_labels[rows].double()
             mean_z = (q * z).sum(dim=1)
@@ -269,15 +273,14 @@ class Predictions(Confidences):
         into[0] = norm.reciprocal()
         into[4] = norm.log_().add_(top)
 
-    def _read_probs(self, rows: slice, into: Tensor, predicted: Tensor) -> None:
-        block = self.scores[rows]
-        p = block.double()
+    def _read_probs(self, rows: slice, p: Tensor, into: Tensor, predicted: Tensor) -> None:
+        """Fill the columns of some rows; ``p`` is their float64 copy and may be overwritten."""
         sums = p.sum(dim=1)
         if not bool(sums.isfinite().all()):
-            _require_finite(block, "probs", rows.start)
+            _require_finite(p, "probs", rows.start)
         _check_distribution(p, sums, "probs", rows.start, any_sum=self._renormalize)
         if self._renormalize:
-            p = p / sums[:, None]
+            p = p.div_(sums[:, None])
         index = p.argmax(dim=1)
         predicted.copy_(index)
         into[0] = p.gather(1, index[:, None])[:, 0].clamp_(max=1)

@@ -143,8 +143,11 @@ def _density(
     """Triweight density on the grid with reflection at 0 and 1: linear binning, then FFT."""
     step = (KDE_HIGH - KDE_LOW) / (points - 1)
     nodes = torch.zeros((*mass.shape[:-1], points), dtype=torch.float64, device=c.device)
+    reach = float(radius.max())
     for image in (c, -c, 2 - c):
-        near = (image > KDE_LOW) & (image < KDE_HIGH)  # beyond, no kernel reaches [0, 1] ...
+        near = (image > max(KDE_LOW, -reach)) & (image < min(KDE_HIGH, 1 + reach))
+        if bool(near.all()):
+            near = slice(None)
         position = (image[near] - KDE_LOW) / step
         nodes += linear_nodes(position, mass[..., near], points)
     length = 2 * points

@@ -22,6 +22,7 @@ __all__ = [
     "coverage_at_risk",
     "excess_area_under_risk_coverage",
     "optimal_area_under_risk_coverage",
+    "optimal_aurc_of_profile",
     "risk_coverage_curve",
     "selective_accuracy",
 ]
@@ -55,7 +56,7 @@ def area_under_risk_coverage(scores: Confidences) -> float:
 
     Source: Geifman, Uziel and El-Yaniv 2019 (arXiv:1805.08206).
     """
-    return float(aurc_of_profile(scores.profile))
+    return scores.cached("aurc", lambda: float(aurc_of_profile(scores.profile)))
 
 
 def aurc_of_profile(profile: Profile) -> Float[Tensor, "*r"]:
@@ -73,10 +74,16 @@ def aurc_of_profile(profile: Profile) -> Float[Tensor, "*r"]:
 
 def optimal_area_under_risk_coverage(scores: Confidences) -> float:
     """AURC if all right predictions were ranked above all wrong ones: ``1/N Σ_j max(0, j-(N-E))/j``."""
-    n = len(scores)
-    right = float(scores.outcome.sum())
-    steps = torch.arange(1, n + 1, dtype=torch.float64)
-    return float(((steps - right).clamp(min=0) / steps).mean())
+    return float(optimal_aurc_of_profile(scores.profile))
+
+
+def optimal_aurc_of_profile(profile: Profile) -> Float[Tensor, "*r"]:
+    """:func:`optimal_area_under_risk_coverage` of each resample of a profile, in closed form."""
+    n, right = profile.total, profile.hits.sum(dim=-1)
+    # the sum over j from the first whole j above R to N of (j - R)/j
+    whole = torch.floor(right + 1e-9)
+    harmonic = torch.special.digamma(n + 1) - torch.special.digamma(whole + 1)
+    return (n - whole - right * harmonic) / n
 
 
 def excess_area_under_risk_coverage(scores: Confidences, geifman: bool = False) -> float:

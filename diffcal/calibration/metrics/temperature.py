@@ -34,8 +34,9 @@ def fit_temperature(
 ) -> TemperatureFit:
     """Temperature T in [0.05, 20] that minimises the objective of ``softmax(logits / T)``.
 
-    ``exact`` finds the zero of the slope of the NLL, which is convex in 1/T. ``grid`` tries 0.1, 0.2, ..., 10.0
-    and keeps the first minimum; ``ece`` on that grid is what several released evaluations do.
+    ``exact`` finds the zero of the slope of the NLL, which is convex in 1/T. ``grid`` tries 0.1,
+    0.2, ..., 10.0 and keeps the first minimum; with ``ece`` that is what several released
+    evaluations do.
 
     Raises:
         ConfigError: ``exact`` with ``ece``, which has no slope.
