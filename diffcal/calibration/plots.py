@@ -5,32 +5,23 @@ Every function returns a matplotlib ``Figure`` (draw it in a notebook, or turn i
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from diffcal.calibration.metrics.binned import expected_calibration_error
-from diffcal.calibration.metrics.binning import Scheme, profile_bin_sums
+from diffcal.calibration.metrics.binning import Scheme
 from diffcal.calibration.metrics.classwise import class_width_sums
 from diffcal.calibration.metrics.inputs import Confidences, Predictions
-from diffcal.calibration.metrics.intervals import resample_profile
-from diffcal.calibration.metrics.reliability import (
-    ReliabilityCurve,
-    reliability_curve,
-    smooth_reliability_curve,
-)
 from diffcal.calibration.metrics.selective import (
     area_under_risk_coverage,
     risk_coverage_curve,
 )
-from diffcal.calibration.metrics.smooth import smooth_calibration_error
 from diffcal.calibration.plot_style import (
     BLUE,
     CORAL,
     INK,
     MUTED,
-    PALE,
     PALETTE,
     figure_to_png,
     figure_to_svg,
@@ -38,10 +29,15 @@ from diffcal.calibration.plot_style import (
     plot_style,
     soften,
 )
+from diffcal.calibration.reliability_axes import (
+    IntervalKind,
+    Kind,
+    draw_distribution,
+    draw_reliability,
+)
 from diffcal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -54,9 +50,6 @@ __all__ = [
     "reliability_diagram",
     "risk_coverage",
 ]
-
-Kind = Literal["binned", "smooth"]
-IntervalKind = Literal["wilson", "bootstrap", "none"]
 
 
 def reliability_diagram(
@@ -79,14 +72,12 @@ def reliability_diagram(
         ConfigError: unknown ``kind`` or ``interval``.
     """
     with plot_style():
-        figure = new_figure(4.3, 4.9)
-        top, below = figure.subplots(
-            2, 1, sharex=True, gridspec_kw={"height_ratios": [4.4, 1], "hspace": 0.04}
-        )
-        _reliability(top, scores, n_bins, scheme, kind, interval, level, seed)
+        figure = new_figure(4.3, 5.15)
+        top, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4.2, 1]})
+        draw_reliability(top, scores, n_bins, scheme, kind, interval, level, seed)
         top.set_title(title or "Reliability")
         top.set_ylabel("accuracy")
-        _distribution(below, scores)
+        draw_distribution(below, scores)
         below.set_xlabel("confidence")
         return figure
 
@@ -103,20 +94,22 @@ def reliability_comparison(
     with plot_style():
         columns = min(len(models), 4)
         rows = -(-len(models) // columns)
-        figure = new_figure(3.15 * columns + 0.3, 4.1 * rows)
+        figure = new_figure(3.1 * columns + 0.45, 4.25 * rows)
         grid = figure.subplots(
             2 * rows,
             columns,
             sharex=True,
             squeeze=False,
-            gridspec_kw={"height_ratios": [4.2, 1] * rows, "hspace": 0.05},
+            gridspec_kw={"height_ratios": [4.2, 1] * rows},
         )
         for index, (name, scores) in enumerate(models.items()):
             row, column = divmod(index, columns)
             top, below = grid[2 * row, column], grid[2 * row + 1, column]
-            _reliability(top, scores, n_bins, scheme, kind, interval, 0.95, 0, legend=index == 0)
+            draw_reliability(
+                top, scores, n_bins, scheme, kind, interval, 0.95, 0, legend=index == 0
+            )
             top.set_title(name)
-            _distribution(below, scores)
+            draw_distribution(below, scores)
             below.set_xlabel("confidence")
             if column == 0:
                 top.set_ylabel("accuracy")
@@ -273,139 +266,20 @@ def measure_intervals(
             axes.axvline(floor * scale, color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
             axes.annotate(
                 "perfect model",
-                (floor * scale, 1),
+                (floor * scale, 0),
                 xycoords=("data", "axes fraction"),
-                xytext=(3, 1),
+                xytext=(3, 3),
                 textcoords="offset points",
                 fontsize=7.5,
                 color=MUTED,
             )
         axes.set_yticks(range(len(values)), list(values), color=INK)
-        axes.set_ylim(len(values) - 0.4, -0.6)
+        axes.set_ylim(len(values) - (0.2 if floor is not None else 0.4), -0.6)
         axes.set_xlim(left=min(0.0, *(low or 0.0 for _, low, _ in values.values())) * scale)
         axes.margins(x=0.14)
         axes.set_title(title + (" (%)" if percent else ""))
         soften(axes, "x")
         return figure
-
-
-def _reliability(
-    axes: "Axes",
-    scores: Confidences,
-    n_bins: int,
-    scheme: Scheme,
-    kind: str,
-    interval: str,
-    level: float,
-    seed: int,
-    legend: bool = True,
-) -> None:
-    if interval not in ("wilson", "bootstrap", "none"):
-        raise ConfigError(f"interval must be wilson, bootstrap or none, got '{interval}'")
-    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
-    if kind == "binned":
-        _bars(axes, scores, reliability_curve(scores, n_bins, scheme, level), interval, level, seed)
-        value, name = expected_calibration_error(scores, n_bins, scheme), "ECE"
-    elif kind == "smooth":
-        _smooth(axes, scores, level, seed)
-        value, name = smooth_calibration_error(scores), "smooth ECE"
-    else:
-        raise ConfigError(f"kind must be binned or smooth, got '{kind}'")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
-    axes.set_aspect("equal", adjustable="box", anchor="S")
-    note = f"{name}  {100 * value:.2f} %\naccuracy  {100 * scores.mean_outcome:.2f} %"
-    box = {"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": PALE}
-    axes.text(
-        0.965, 0.05, note, transform=axes.transAxes, ha="right", va="bottom", fontsize=8.5,
-        linespacing=1.5, bbox=box, zorder=6,
-    )  # fmt: skip
-    if legend:
-        axes.legend(loc="upper left", handlelength=1.3)
-
-
-def _bars(
-    axes: "Axes",
-    scores: Confidences,
-    curve: ReliabilityCurve,
-    interval: str,
-    level: float,
-    seed: int,
-) -> None:
-    filled = (curve.count > 0).cpu().numpy()
-    edges = curve.edges.cpu().numpy()
-    left, width = edges[:-1][filled], np.diff(edges)[filled]
-    accuracy = curve.accuracy.cpu().numpy()[filled]
-    confidence = curve.confidence.cpu().numpy()[filled]
-    gutter = min(0.004, float(width.min()) * 0.1)
-    box = {"align": "edge", "width": width - 2 * gutter, "linewidth": 0}
-    axes.bar(left + gutter, accuracy, color=BLUE, alpha=0.85, label="accuracy", **box)
-    lower, upper = np.minimum(accuracy, confidence), np.maximum(accuracy, confidence)
-    axes.bar(
-        left + gutter, upper - lower, bottom=lower, color=CORAL, alpha=0.55,
-        label="gap to confidence", **box,
-    )  # fmt: skip
-    if interval != "none":
-        low, high = curve.low, curve.high
-        if interval == "bootstrap":
-            low, high = _bootstrap_accuracy(scores, curve, level, seed)
-        low, high = low.cpu().numpy()[filled], high.cpu().numpy()[filled]
-        spread = np.clip(np.stack([accuracy - low, high - accuracy]), 0, None)
-        axes.errorbar(
-            left + width / 2, accuracy, yerr=spread, fmt="none", ecolor=INK, elinewidth=0.9,
-            capsize=1.8, capthick=0.9, zorder=4, label=f"{100 * level:.0f} % interval",
-        )  # fmt: skip
-
-
-def _bootstrap_accuracy(
-    scores: Confidences, curve: ReliabilityCurve, level: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    sums = profile_bin_sums(resample_profile(scores, 500, seed), curve.edges)
-    tail = (1 - level) / 2
-    ends = np.nanquantile(sums.mean_outcome.cpu().numpy(), [tail, 1 - tail], axis=0)
-    return torch.from_numpy(ends[0]), torch.from_numpy(ends[1])
-
-
-def _smooth(axes: "Axes", scores: Confidences, level: float, seed: int) -> None:
-    from matplotlib.collections import LineCollection
-
-    curve = smooth_reliability_curve(scores, level=level, seed=seed)
-    known = curve.accuracy.isfinite().cpu().numpy()
-    x, y = curve.grid.cpu().numpy()[known], curve.accuracy.cpu().numpy()[known]
-    density = curve.density.cpu().numpy()[known]
-    low, high = curve.low.cpu().numpy()[known], curve.high.cpu().numpy()[known]
-    axes.fill_between(
-        x, low, high, color=BLUE, alpha=0.2, linewidth=0, label=f"{100 * level:.0f} % band"
-    )
-    points = np.stack([x, y], axis=1)
-    segments = np.stack([points[:-1], points[1:]], axis=1)
-    thickness = 1.0 + 5.0 * np.sqrt(density / density.max())
-    lines = LineCollection(
-        list(segments), linewidths=thickness[1:], colors=CORAL, capstyle="round", zorder=4,
-        label="smoothed accuracy",
-    )  # fmt: skip
-    axes.add_collection(lines)
-
-
-def _distribution(axes: "Axes", scores: Confidences) -> None:
-    c = scores.confidence.cpu().numpy()
-    axes.hist(c, bins=50, range=(0, 1), weights=np.full(len(c), 1 / len(c)), color="#9db0c6")
-    mean = float(c.mean())
-    axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-    axes.annotate(
-        f"mean {mean:.3f}",
-        (mean, 0.97),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4 if mean > 0.5 else 4, 0),
-        textcoords="offset points",
-        ha="right" if mean > 0.5 else "left",
-        va="top",
-        fontsize=7.5,
-        color=MUTED,
-    )
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    soften(axes, "none")
 
 
 def _colours(count: int) -> list[str]:
