@@ -16,6 +16,7 @@ __all__ = [
     "MUTED",
     "PALE",
     "PALETTE",
+    "TEAL",
     "figure_to_png",
     "figure_to_svg",
     "new_figure",
@@ -25,10 +26,11 @@ __all__ = [
 
 BLUE = "#2f6db3"
 CORAL = "#e4694a"
+TEAL = "#1f9d84"
 INK = "#1d2733"
 MUTED = "#66727f"
 PALE = "#e3e8ee"
-PALETTE = (BLUE, "#d9822b", "#1f9d84", "#a8467f", "#6c63c7", "#7d8b2f", "#4aa3c7", "#8a5a44")
+PALETTE = (BLUE, "#d9822b", TEAL, "#a8467f", "#6c63c7", "#7d8b2f", "#4aa3c7", "#8a5a44")
 
 _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -70,7 +72,7 @@ def plot_style() -> Iterator[None]:
     """Matplotlib settings of our figures, for the duration of a ``with``."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         yield
 
 

@@ -138,14 +138,15 @@ def confidence_histogram(scores: Confidences, bins: int = 40, title: str = "") -
         marks = (("accuracy", scores.mean_outcome, "-"), ("mean confidence", c.mean(), (0, (4, 2))))
         for name, value, style in marks:
             axes.axvline(
-                value, color=INK, linewidth=1.1, linestyle=style, label=f"{name} {value:.3f}"
-            )
+                value, ymax=0.79, color=INK, linewidth=1.1, linestyle=style,
+                label=f"{name} {value:.3f}",
+            )  # fmt: skip
         axes.set_xlim(0, 1)
-        axes.set_ylim(0, float((right + wrong).max()) * 1.08)
+        axes.set_ylim(0, float((right + wrong).max()) * 1.27)  # room for the legend
         axes.set_xlabel("confidence")
         axes.set_ylabel("share of examples")
         axes.set_title(title or "Confidences")
-        axes.legend(loc="upper left")
+        axes.legend(loc="upper left", ncols=2, borderaxespad=0.2, columnspacing=1.4)
         soften(axes, "y")
         return figure
 
@@ -175,7 +176,7 @@ def class_heat_map(
         left, right = figure.subplots(1, 2, width_ratios=[4, 1.15], sharey=True)
         bound = max(0.05, float(np.nanmax(np.abs(gap), initial=0.0)))
         colours = LinearSegmentedColormap.from_list("gap", [BLUE, "#f7f5f2", CORAL])
-        colours.set_bad("#eef1f4")
+        colours = colours.with_extremes(bad="#eef1f4")
         extent = (0.0, 1.0, rows - 0.5, -0.5)
         image = left.imshow(
             gap, aspect="auto", cmap=colours, vmin=-bound, vmax=bound, extent=extent

@@ -15,7 +15,7 @@ from diffcal.calibration.metrics.reliability import (
     smooth_reliability_curve,
 )
 from diffcal.calibration.metrics.smooth import smooth_calibration_error
-from diffcal.calibration.plot_style import BLUE, CORAL, INK, MUTED, PALE, soften
+from diffcal.calibration.plot_style import BLUE, CORAL, INK, MUTED, PALE, TEAL, soften
 from diffcal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,19 +90,21 @@ def _bars(
     gutter = min(0.004, float(width.min()) * 0.1)
     box = {"align": "edge", "width": width - 2 * gutter, "linewidth": 0}
     few = curve.count.cpu().numpy()[filled] < FEW  # such bars are drawn pale
-    solid = axes.bar(left + gutter, accuracy, color=BLUE, alpha=0.85, **box)
-    lower, upper = np.minimum(accuracy, confidence), np.maximum(accuracy, confidence)
-    gaps = axes.bar(
-        left + gutter, upper - lower, bottom=lower, color=CORAL, alpha=0.55, **box
-    )  # fmt: skip
-    for bar, gap, pale in zip(solid, gaps, few, strict=True):
-        if pale:
-            bar.set_alpha(0.25)
-            gap.set_alpha(0.2)
-    handles: list[Any] = [
-        Patch(color=BLUE, alpha=0.85, linewidth=0, label="accuracy"),
-        Patch(color=CORAL, alpha=0.55, linewidth=0, label="gap to confidence"),
-    ]
+    shared = np.minimum(accuracy, confidence)
+    over, under = np.maximum(confidence - accuracy, 0), np.maximum(accuracy - confidence, 0)
+    parts = (
+        (shared, 0.0, BLUE, 0.85, "accuracy"),
+        (over, shared, CORAL, 0.55, "confidence too high"),
+        (under, shared, TEAL, 0.55, "confidence too low"),
+    )
+    handles: list[Any] = []
+    for height, bottom, colour, alpha, label in parts:
+        drawn = axes.bar(left + gutter, height, bottom=bottom, color=colour, alpha=alpha, **box)
+        for bar, pale in zip(drawn, few, strict=True):
+            if pale:
+                bar.set_alpha(alpha * 0.35)
+        if (height > 0.005).any():
+            handles.append(Patch(color=colour, alpha=alpha, linewidth=0, label=label))
     if interval != "none":
         low, high = curve.low, curve.high
         if interval == "bootstrap":
@@ -122,8 +124,8 @@ def _bootstrap_accuracy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     sums = profile_bin_sums(resample_profile(scores, 500, seed), curve.edges)
     tail = (1 - level) / 2
-    ends = np.nanquantile(sums.mean_outcome.cpu().numpy(), [tail, 1 - tail], axis=0)
-    return torch.from_numpy(ends[0]), torch.from_numpy(ends[1])
+    low, high = (sums.mean_outcome.nanquantile(end, dim=0) for end in (tail, 1 - tail))
+    return low, high
 
 
 def _smooth(axes: "Axes", scores: Confidences, level: float, seed: int) -> list[Any]:
@@ -131,7 +133,8 @@ def _smooth(axes: "Axes", scores: Confidences, level: float, seed: int) -> list[
 
     curve = smooth_reliability_curve(scores, level=level, seed=seed)
     lowest, highest = (float(end) for end in scores.confidence.aminmax())
-    inside = (curve.grid >= lowest) & (curve.grid <= highest)  # beyond is extrapolation
+    # further than a kernel width from all data is extrapolation
+    inside = (curve.grid >= lowest - curve.sigma) & (curve.grid <= highest + curve.sigma)
     known = (curve.accuracy.isfinite() & inside).cpu().numpy()
     x, y = curve.grid.cpu().numpy()[known], curve.accuracy.cpu().numpy()[known]
     density = curve.density.cpu().numpy()[known]

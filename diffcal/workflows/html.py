@@ -163,7 +163,7 @@ class Number(Html):
 
     value: float
 
-    def __new__(cls, value: float, text: str, small: str = "") -> "Number":
+    def __new__(cls, value: float | int, text: str, small: str = "") -> "Number":
         """``text`` is shown for ``value``, with ``small`` print behind it."""
         extra = f"<small>{html.escape(small)}</small>" if small else ""
         made = super().__new__(cls, html.escape(text) + extra)
@@ -223,7 +223,7 @@ def image_grid(
     )
 
 
-def format_number(value: float, digits: int = 4) -> str:
+def format_number(value: float | int, digits: int = 4) -> str:
     """A number for reading: ``digits`` significant ones, integers in full, no exponent if avoidable."""
     if isinstance(value, bool):
         return str(value)
@@ -314,7 +314,8 @@ th,td{padding:.38rem .9rem .38rem 0}
 th+th,td+td{padding-left:.4rem}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.best{font-weight:650;background:var(--good)}
-td small,dd small{color:var(--muted);font-weight:400;font-size:.8em;margin-left:.45em}
+td small,dd small{display:block;color:var(--muted);font-weight:400;font-size:.8em;line-height:1.35}
+dd small{font-size:.6em}
 figure{margin:1.2rem 0;padding:1rem;background:#fff;border:1px solid var(--line);border-radius:10px;
 width:fit-content;max-width:100%}
 figure.plain{background:none;border:0;padding:0}
@@ -323,6 +324,7 @@ figcaption{color:#66727f;font-size:.88rem;line-height:1.45;margin-top:.7rem;max-
 figure.plain figcaption{color:var(--muted)}
 .columns{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}
 .columns>*{margin:.5rem 0}
+.columns>figure{flex:1 1 21rem}
 .grid{display:grid;gap:.55rem}
 .grid img{width:100%;border-radius:4px;background:var(--line)}
 .pixelated img{image-rendering:pixelated}

@@ -12,6 +12,7 @@ from diffcal.calibration.metrics.inputs import Predictions
 from diffcal.calibration.metrics.registry import MEASURES
 from diffcal.calibration.metrics.summary import MetricReport, evaluate
 from diffcal.calibration.metrics.temperature import TemperatureFit, fit_temperature
+from diffcal.calibration.reliability_axes import IntervalKind
 from diffcal.core.runs import sha256_file, write_json
 from diffcal.data.logits import LogitsFile, load_logits
 from diffcal.errors import ConfigError, DataError
@@ -31,6 +32,7 @@ from diffcal.workflows.html import (
 __all__ = ["ReportConfig", "ReportModel", "calibration_report", "report_data", "report_page"]
 
 HEADLINE = ("accuracy", "nll", "brier", "ece", "ece_mass", "cw_ece", "smece", "aurc")
+SHORT = {"ece_mass": "Adaptive ECE", "aurc": "AURC"}
 PERCENT = {
     "accuracy", "confidence", "correct_confidence", "incorrect_confidence", "calibration_gap",
     "ece", "ece_mass", "rmsce", "mce", "average_ce", "over_part", "under_part", "debiased_ce",
@@ -171,7 +173,8 @@ def report_page(
         config.title,
         f"{count}{format_number(len(first))} examples, {first.classes} classes",
         f"Made with diffcal {__version__}. Intervals: {100 * config.level:g} % bootstrap "
-        f"({config.n_resamples} resamples, basic method). Bins are (lower, upper]; float64.",
+        f"({config.n_resamples} resamples, basic method; for an ECE "
+        "near the noise floor they cover less than they claim). Bins are (lower, upper]; float64.",
     )
     page.section("Summary", *_summary(models, config))
     page.section("Reliability", *_reliability(models, config))
@@ -187,10 +190,10 @@ def _summary(models: Sequence[ReportModel], config: ReportConfig) -> list[str | 
     if len(models) == 1:
         report = models[0].report
         blocks.append(
-            facts({MEASURES[name].title: _value(name, report, config) for name in HEADLINE})
+            facts({_title(name, short=True): _value(name, report, config) for name in HEADLINE})
         )
     else:
-        header = ["model", *(_title(name) for name in HEADLINE)]
+        header = ["model", *(_title(name, short=True) for name in HEADLINE)]
         rows = [
             [model.name, *(_value(name, model.report, config) for name in HEADLINE)]
             for model in models
@@ -219,8 +222,8 @@ def _summary(models: Sequence[ReportModel], config: ReportConfig) -> list[str | 
 def _reading(model: ReportModel) -> str:
     """What the numbers say, in two sentences."""
     report = model.report
-    gap, ece, floor = (report[name].value for name in ("calibration_gap", "ece", "noise_floor"))
-    nll = report["nll"].value
+    gap, ece, nll = (report[name].value for name in ("calibration_gap", "ece", "nll"))
+    floor = report["noise_floor"].value if "noise_floor" in report else 0.0
     if ece <= 1.25 * floor:
         finding = (
             f"ECE {100 * ece:.2f} % is what sampling alone gives a perfectly calibrated model on "
@@ -230,7 +233,8 @@ def _reading(model: ReportModel) -> str:
         direction = "more" if gap > 0 else "less"
         finding = (
             f"predictions are on average {100 * abs(gap):.1f} points {direction} confident than "
-            f"right; ECE {100 * ece:.2f} % against {100 * floor:.2f} % for a perfect model"
+            f"right; ECE {100 * ece:.2f} %"
+            + (f" against {100 * floor:.2f} % for a perfect model" if floor else "")
         )
     fit = model.best_temperature
     if fit is None or not math.isfinite(nll):
@@ -246,25 +250,29 @@ def _reading(model: ReportModel) -> str:
 
 def _reliability(models: Sequence[ReportModel], config: ReportConfig) -> list[str | Html]:
     scores = {model.name: model.predictions for model in models}
+    soft = any(model.predictions.is_soft for model in models)  # outcomes then are no coin tosses
+    interval: IntervalKind = "bootstrap" if soft else "wilson"
+    bars = f"95 % {'bootstrap' if soft else 'Wilson'} intervals"
     if len(models) == 1:
         name, one = next(iter(scores.items()))
         pair = (
-            plots.reliability_diagram(one, config.n_bins, title=f"{name}: {config.n_bins} bins"),
+            plots.reliability_diagram(
+                one, config.n_bins, interval=interval, title=f"{name}: {config.n_bins} bins"
+            ),
             plots.reliability_diagram(
                 one, config.n_bins, kind="smooth", title=f"{name}: smooth", seed=config.seed
             ),
         )
         caption = (
-            "Accuracy against confidence with 95 % Wilson intervals; pale bars hold fewer than ten "
-            "examples.",
+            f"Accuracy against confidence with {bars}; pale bars hold fewer than ten examples.",
             "Kernel regression at the bandwidth of the smooth ECE; thicker where there are more "
             "examples.",
         )
         return [columns(*(_svg(f, c) for f, c in zip(pair, caption, strict=True)))]
-    binned = plots.reliability_comparison(scores, config.n_bins)
+    binned = plots.reliability_comparison(scores, config.n_bins, interval=interval)
     smooth = plots.reliability_comparison(scores, config.n_bins, kind="smooth")
     return [
-        _svg(binned, "Accuracy against confidence with 95 % Wilson intervals."),
+        _svg(binned, f"Accuracy against confidence with {bars}."),
         details("Smooth reliability", _svg(smooth, "At the bandwidth of the smooth ECE.")),
         columns(*(_points(models, name) for name in ("ece", "smece"))),
     ]
@@ -275,7 +283,8 @@ def _points(models: Sequence[ReportModel], name: str) -> Html:
     for model in models:
         entry = model.report[name]
         values[model.name] = (entry.value, entry.low, entry.high)
-    floor = models[0].report["noise_floor"].value if name == "ece" else None
+    floors = [m.report["noise_floor"].value for m in models if "noise_floor" in m.report]
+    floor = floors[0] if name == "ece" and len(floors) == len(models) else None
     return _svg(plots.measure_intervals(values, MEASURES[name].title, floor))
 
 
@@ -324,8 +333,9 @@ def _all(models: Sequence[ReportModel], config: ReportConfig) -> list[str | Html
     return [table(header, rows, text)]
 
 
-def _title(name: str) -> str:
-    return MEASURES[name].title + (" (%)" if name in PERCENT else "")
+def _title(name: str, short: bool = False) -> str:
+    title = SHORT.get(name, MEASURES[name].title) if short else MEASURES[name].title
+    return title + (" (%)" if name in PERCENT else "")
 
 
 def _value(name: str, report: MetricReport, config: ReportConfig) -> Number:

@@ -6,6 +6,7 @@ ties allow, with edges half way between neighbouring groups; ``rank`` bins hold 
 and may split ties. Empty bins contribute nothing. Other libraries differ, see :class:`Compat`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,9 +27,12 @@ __all__ = [
     "assign_width",
     "bin_sums",
     "mass_edges",
+    "mass_edges_of_values",
     "profile_bin_sums",
     "width_edges",
 ]
+
+SELECTIONS = 64  # order statistics above which sorting is quicker than selecting
 
 Scheme = Literal["width", "mass", "rank"]
 
@@ -98,14 +102,34 @@ def mass_edges(profile: Profile, n_bins: int) -> Float[Tensor, " m1"]:
     The sorted examples are split into ``min(n_bins, n)`` groups whose sizes differ by at most one,
     larger groups first.
     """
+    ends = _inner_ends(int(profile.total), n_bins)
+    ranks = torch.cat([ends - 1, ends]).to(profile.confidence.device)
+    return _midpoints(profile.quantile_values(ranks))
+
+
+def mass_edges_of_values(values: Float[Tensor, " n"], n_bins: int) -> Float[Tensor, " m1"]:
+    """:func:`mass_edges` of unsorted values, by selection where that is quicker than sorting."""
+    ends = _inner_ends(len(values), n_bins)
+    ranks = torch.cat([ends - 1, ends])
+    if values.device.type != "cpu":
+        return _midpoints(values.sort().values[ranks.to(values.device)])
+    if len(ranks) > SELECTIONS:
+        return _midpoints(torch.from_numpy(np.sort(values.numpy()))[ranks])
+    picked = np.partition(values.numpy(), ranks.numpy()) if len(ranks) else values.numpy()
+    return _midpoints(torch.from_numpy(picked)[ranks])
+
+
+def _inner_ends(n: int, n_bins: int) -> Int[Tensor, " j"]:
     _require_bins(n_bins)
-    n = int(profile.total)
     groups = min(n_bins, n)
-    sizes = torch.full((groups,), n // groups, dtype=torch.int64, device=profile.confidence.device)
+    sizes = torch.full((groups,), n // groups, dtype=torch.int64)
     sizes[: n % groups] += 1
-    ends = sizes.cumsum(0)[:-1]
-    inner = (profile.quantile_values(ends - 1) + profile.quantile_values(ends)) / 2
-    upper = torch.unique(torch.cat([inner, inner.new_ones(1)]))
+    return sizes.cumsum(0)[:-1]
+
+
+def _midpoints(around: Float[Tensor, " j2"]) -> Float[Tensor, " m1"]:
+    below, above = around.chunk(2) if len(around) else (around, around)
+    upper = torch.unique(torch.cat([(below + above) / 2, around.new_ones(1)]))
     return torch.cat([upper.new_zeros(1), upper])
 
 
@@ -160,16 +184,22 @@ def profile_bin_sums(profile: Profile, edges: Float[Tensor, " m1"]) -> BinSums:
 
 
 def _bin_sums(scores: Confidences, n_bins: int, scheme: str, compat: str | None) -> BinSums:
-    c, t = scores.confidence, scores.outcome
+    c = scores.confidence
     if compat is not None:
-        return _peer_sums(c, t, n_bins, scheme, compat)
+        return _peer_sums(c, scores.outcome, n_bins, scheme, compat)
     if scheme == "width":
         edges = width_edges(n_bins, c.device)
-        return _sums(c, t, assign_width(c, n_bins), edges)
+        return _sums_of_pieces(scores, edges, lambda part: assign_width(part, n_bins))
     if scheme == "mass":
-        edges = mass_edges(scores.profile, n_bins)
-        return _sums(c, t, assign_bins(c, edges), edges)
+        sorted_already = scores.is_cached("profile")
+        edges = (
+            mass_edges(scores.profile, n_bins)
+            if sorted_already
+            else mass_edges_of_values(c, n_bins)
+        )
+        return _sums_of_pieces(scores, edges, lambda part: assign_bins(part, edges))
     if scheme == "rank":
+        t = scores.outcome
         order = torch.argsort(c, stable=True)
         groups = min(n_bins, len(c))
         rank = torch.arange(len(c), device=c.device)
@@ -182,6 +212,21 @@ def _bin_sums(scores: Confidences, n_bins: int, scheme: str, compat: str | None)
         edges = torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)])
         return _sums(ordered, t[order], index, edges)
     raise ConfigError(f"unknown binning scheme '{scheme}': use width, mass or rank")
+
+
+def _sums_of_pieces(
+    scores: Confidences, edges: Tensor, assign: Callable[[Tensor], Tensor]
+) -> BinSums:
+    """Sums over bins in pieces that fit the cache."""
+    bins = len(edges) - 1
+    total = torch.zeros((3, bins), dtype=torch.float64, device=edges.device)
+    for c, t in scores.pieces():
+        index = assign(c)
+        weights = (None, c, t.double())
+        total += torch.stack(
+            [torch.bincount(index, weights=w, minlength=bins).double() for w in weights]
+        )
+    return BinSums(edges, total[0], total[1], total[2], len(scores))
 
 
 def _peer_sums(c: Tensor, t: Tensor, n_bins: int, scheme: str, compat: str) -> BinSums:
@@ -212,8 +257,8 @@ def _sums(
     return BinSums(
         edges,
         torch.bincount(index, minlength=bins).double(),
-        torch.bincount(index, weights=c, minlength=bins),
-        torch.bincount(index, weights=t, minlength=bins),
+        torch.bincount(index, weights=c, minlength=bins).double(),  # of nothing it gives integers
+        torch.bincount(index, weights=t, minlength=bins).double(),
         len(c) if total is None else total,
     )
 

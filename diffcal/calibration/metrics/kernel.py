@@ -39,7 +39,13 @@ def ks_calibration_error(scores: Confidences) -> float:
 
 def ks_errors(profile: Profile) -> Float[Tensor, "*r"]:
     """:func:`ks_calibration_error` of each resample of a profile."""
-    return profile.residual.cumsum(dim=-1).abs().amax(dim=-1) / profile.total
+    carry = torch.zeros_like(profile.total)
+    largest = carry
+    for piece in profile.pieces():
+        running = piece.residual.cumsum(dim=-1).add_(carry[..., None])
+        largest = torch.maximum(largest, running.abs().amax(dim=-1))
+        carry = running[..., -1]
+    return largest / profile.total
 
 
 def classwise_ks_error(predictions: Predictions) -> float:
@@ -80,10 +86,17 @@ def squared_kernel_calibration_error(scores: Confidences) -> float:
 
 def _kernel_sum(profile: Profile) -> Float[Tensor, "*r"]:
     # exp(-a (c_i - c_j)) splits into factors of i and of j, at most e^2.5 apart
-    r = profile.residual
-    left = torch.exp(-MMCE_RATE * profile.confidence)
-    before = (r / left).cumsum(dim=-1) - r / left
-    return r.square().sum(dim=-1) + 2 * (r * left * before).sum(dim=-1)
+    carry = torch.zeros_like(profile.total)
+    total = carry
+    for piece in profile.pieces():
+        r = piece.residual
+        left = torch.exp(-MMCE_RATE * piece.confidence)
+        lifted = r / left
+        running = lifted.cumsum(dim=-1).add_(carry[..., None])
+        before = running - lifted
+        total = total + r.square().sum(dim=-1) + 2 * (r * left * before).sum(dim=-1)
+        carry = running[..., -1]
+    return total
 
 
 def kernel_density_calibration_error(
@@ -113,14 +126,18 @@ def kernel_density_errors(
     c, total = profile.confidence, profile.total
     right = profile.hits.sum(dim=-1)
     mean = (profile.hits * c).sum(dim=-1) / right
-    centred = c - mean[..., None]
-    variance = (profile.hits * centred.square()).sum(dim=-1) / right
+    variance = torch.zeros_like(right)
+    for piece in profile.pieces():
+        centred = piece.confidence - mean[..., None]
+        variance = variance + (piece.hits * centred.square()).sum(dim=-1)
+    variance = variance / right
     width = variance.sqrt() * (2 * total) ** -0.2
     # a spread below rounding (all right confidences equal) leaves the estimate undefined
     defined = (right > 0) & (width > 1e-12)
     radius = torch.where(defined, 3 * width, 1.0)
-    f = _density(c, profile.count / total[..., None], radius, points)
-    f1 = _density(c, profile.hits / right.clamp(min=1e-300)[..., None], radius, points)
+    nodes, nodes1 = _reflected_nodes(profile, float(radius.max()), points)
+    f = _density(nodes / total[..., None], radius)
+    f1 = _density(nodes1 / right.clamp(min=1e-300)[..., None], radius)
     grid = torch.linspace(KDE_LOW, KDE_HIGH, points, dtype=torch.float64, device=c.device)
     outside = (grid <= 0) | (grid >= 1)
     f, f1 = f.masked_fill(outside, 0), f1.masked_fill(outside, 0)
@@ -137,25 +154,36 @@ def kernel_density_errors(
     return torch.where(defined, value, math.nan)
 
 
-def _density(
-    c: Float[Tensor, " m"], mass: Float[Tensor, "*r m"], radius: Float[Tensor, "*r"], points: int
-) -> Float[Tensor, "*r g"]:
-    """Triweight density on the grid with reflection at 0 and 1: linear binning, then FFT."""
+def _reflected_nodes(
+    profile: Profile, reach: float, points: int
+) -> tuple[Float[Tensor, "*r g"], Float[Tensor, "*r g"]]:
+    """Counts and hits on the grid with their mirror images at 0 and 1, as far as kernels reach."""
     step = (KDE_HIGH - KDE_LOW) / (points - 1)
-    nodes = torch.zeros((*mass.shape[:-1], points), dtype=torch.float64, device=c.device)
-    reach = float(radius.max())
-    for image in (c, -c, 2 - c):
-        near = (image > max(KDE_LOW, -reach)) & (image < min(KDE_HIGH, 1 + reach))
-        if bool(near.all()):
-            near = slice(None)
-        position = (image[near] - KDE_LOW) / step
-        nodes += linear_nodes(position, mass[..., near], points)
+    shape = (*profile.total.shape, points)
+    nodes = torch.zeros(shape, dtype=torch.float64, device=profile.confidence.device)
+    nodes1 = torch.zeros_like(nodes)
+    low, high = max(KDE_LOW, -reach), min(KDE_HIGH, 1 + reach)
+    for piece in profile.pieces():
+        for image in (piece.confidence, -piece.confidence, 2 - piece.confidence):
+            near = (image > low) & (image < high)
+            if not bool(near.any()):
+                continue
+            part = slice(None) if bool(near.all()) else near
+            position = (image[part] - KDE_LOW) / step
+            nodes += linear_nodes(position, piece.count[..., part], points)
+            nodes1 += linear_nodes(position, piece.hits[..., part], points)
+    return nodes, nodes1
+
+
+def _density(nodes: Float[Tensor, "*r g"], radius: Float[Tensor, "*r"]) -> Float[Tensor, "*r g"]:
+    """Triweight density on the grid of mass on its nodes, by FFT."""
+    points = nodes.shape[-1]
     length = 2 * points
-    offset = torch.arange(points, dtype=torch.float64, device=c.device) * step
+    step = (KDE_HIGH - KDE_LOW) / (points - 1)
+    offset = torch.arange(points, dtype=torch.float64, device=nodes.device) * step
     scaled = offset / radius[..., None]
     kernel = TRIWEIGHT * (1 - scaled.square()).clamp(min=0) ** 3 / radius[..., None]
-    even = torch.cat(
-        [kernel, kernel.new_zeros((*kernel.shape[:-1], 1)), kernel[..., 1:].flip(-1)], -1
-    )
+    gap = kernel.new_zeros((*kernel.shape[:-1], 1))
+    even = torch.cat([kernel, gap, kernel[..., 1:].flip(-1)], dim=-1)
     product = torch.fft.rfft(nodes, n=length) * torch.fft.rfft(even, n=length)
     return torch.fft.irfft(product, n=length)[..., :points].clamp(min=0)

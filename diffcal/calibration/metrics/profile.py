@@ -1,13 +1,17 @@
 """Sorted confidences: the compressed form from which ranking and kernel metrics are computed."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 __all__ = ["Profile", "segment_sums", "sort_with_order"]
+
+
+PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,31 @@ class Profile:
     hits: Float[Tensor, "*r m"]
 
     @staticmethod
-    def of(confidence: Float[Tensor, " n"], outcome: Float[Tensor, " n"]) -> "Profile":
-        """Profile of single examples."""
+    def of(confidence: Float[Tensor, " n"], outcome: Shaped[Tensor, " n"]) -> "Profile":
+        """Profile of single examples; outcomes may be booleans."""
         c, order = sort_with_order(confidence)
-        t = outcome[order]
+        t = outcome[order].double()
+        del order
         last = torch.ones(len(c), dtype=torch.bool, device=c.device)
         torch.ne(c[1:], c[:-1], out=last[:-1])
         if bool(last.all()):
-            return Profile(c, torch.ones_like(c), t)
+            return Profile(c, c.new_ones(1).expand(len(c)), t)  # ones that take no memory
         ends = last.nonzero()[:, 0] + 1
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).double()
         return Profile(c[ends - 1], counts, segment_sums(t, ends))
+
+    def pieces(self, falling: bool = False) -> Iterator["Profile"]:
+        """The profile cut along the confidences into pieces that fit the cache, in order.
+
+        Metrics that run along the confidences carry their running sums from piece to piece, so that
+        temporaries stay small. Resamples (leading axes) are small already and come as one piece.
+        """
+        m = len(self.confidence)
+        size = PIECE if self.count.ndim == 1 else max(m, 1)
+        starts = range(0, m, size)
+        for start in reversed(starts) if falling else starts:
+            part = slice(start, start + size)
+            yield Profile(self.confidence[part], self.count[..., part], self.hits[..., part])
 
     @property
     def total(self) -> Float[Tensor, "*r"]:
@@ -57,8 +75,8 @@ class Profile:
 def segment_sums(values: Float[Tensor, "*r m"], ends: Int[Tensor, " b"]) -> Float[Tensor, "*r b"]:
     """Sums of ``values`` between consecutive ``ends`` (exclusive), the first segment from 0."""
     cumulative = values.cumsum(dim=-1)
-    cumulative = torch.nn.functional.pad(cumulative, (1, 0))[..., ends]
-    return torch.diff(cumulative, dim=-1, prepend=torch.zeros_like(cumulative[..., :1]))
+    at_ends = torch.where(ends > 0, cumulative[..., (ends - 1).clamp(min=0)], 0)
+    return torch.diff(at_ends, dim=-1, prepend=torch.zeros_like(at_ends[..., :1]))
 
 
 def sort_with_order(values: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:

@@ -31,7 +31,7 @@ def negative_log_likelihood(predictions: Predictions) -> float:
 
     For soft labels ``-Σ_k q_k log p_k``, whose least value is the entropy of the labels.
     """
-    return float(predictions.log_score.mean())
+    return predictions.mean_log_score
 
 
 def brier_score(
@@ -45,7 +45,7 @@ def brier_score(
 
     Source: Brier 1950; arXiv:2308.11838 for the division by k.
     """
-    value = float(predictions.brier.mean())
+    value = predictions.mean_brier
     if reduction == "sum":
         return value
     if reduction == "mean_over_classes":

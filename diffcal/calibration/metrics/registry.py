@@ -346,7 +346,7 @@ MEASURES: dict[str, Measure] = {
         name: Measure(
             partial(_divergence, name),
             title,
-            better,
+            better,  # type: ignore[arg-type]
             (0.0, bound),
             needs="soft labels",
         )

@@ -3,13 +3,13 @@
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diffcal.calibration.metrics.binning import Compat, Scheme, bin_sums
 from diffcal.calibration.metrics.inputs import Confidences
+from diffcal.calibration.metrics.intervals import resample_profile
 from diffcal.calibration.metrics.profile import Profile
 from diffcal.calibration.metrics.smooth import GaussianSmoother, smooth_calibration_error
 from diffcal.errors import ConfigError
@@ -112,29 +112,18 @@ def smooth_reliability_curve(
 
     Source: Błasiok and Nakkiran 2024 (arXiv:2309.12236), section 4.
     """
-    from diffcal.calibration.metrics.intervals import resample_profile
-
     n = len(scores)
     if sigma is None:
         sigma = max(smooth_calibration_error(scores), 0.01, min(0.1, 10 / n))
     smoother = GaussianSmoother(scores.confidence.device, points - 1)
-    profiles = [scores.profile]
-    if n_resamples > 0:
-        profiles.append(resample_profile(scores, n_resamples, seed))
-    curves = []
-    density = torch.zeros(0)
-    for profile in profiles:
-        curves_of, dense = _regress(smoother, profile, sigma)
-        curves.append(curves_of)
-        density = dense if len(density) == 0 else density
-    accuracy = curves[0]
-    # under a millionth of an example per kernel width nothing is known
-    accuracy = torch.where(density * n * sigma > 0.5, accuracy, math.nan)
+    accuracy, density = _regress(smoother, scores.profile, sigma)
+    # far from all data nothing is known; one example contributes 0.4 at its own place
+    accuracy = torch.where(density * n * sigma > 0.05, accuracy, math.nan)
     low = high = torch.full_like(accuracy, math.nan)
     if n_resamples > 0:
         tail = (1 - level) / 2
-        ends = np.nanquantile(curves[1].cpu().numpy(), [tail, 1 - tail], axis=0)
-        low, high = (torch.from_numpy(end).to(accuracy) for end in ends)
+        resampled, _ = _regress(smoother, resample_profile(scores, n_resamples, seed), sigma)
+        low, high = (resampled.nanquantile(end, dim=0) for end in (tail, 1 - tail))
     grid = torch.linspace(0, 1, points, dtype=torch.float64, device=accuracy.device)
     return SmoothReliabilityCurve(grid, accuracy, density, low, high, float(sigma))
 

@@ -61,15 +61,20 @@ def area_under_risk_coverage(scores: Confidences) -> float:
 
 def aurc_of_profile(profile: Profile) -> Float[Tensor, "*r"]:
     """:func:`area_under_risk_coverage` of each resample of a profile."""
-    _, kept, errors = _falling(profile)
-    count = torch.diff(kept, dim=-1, prepend=torch.zeros_like(kept[..., :1]))
-    failed = torch.diff(errors, dim=-1, prepend=torch.zeros_like(errors[..., :1]))
-    before, errors_before = kept - count, errors - failed
-    # sum over i = 1..m of (E + e i/m) / (n + i) = (E - e n/m) (H(n + m) - H(n)) + e
-    rate = failed / count.clamp(min=1)
-    harmonic = torch.special.digamma(kept + 1) - torch.special.digamma(before + 1)
-    areas = (errors_before - rate * before) * harmonic + failed
-    return torch.where(count > 0, areas, 0).sum(dim=-1) / profile.total
+    total = torch.zeros_like(profile.total)
+    kept_before, errors_before = total, total
+    for piece in profile.pieces(falling=True):
+        count, failed = piece.count.flip(-1), (piece.count - piece.hits).flip(-1)
+        kept = count.cumsum(dim=-1).add_(kept_before[..., None])
+        errors = failed.cumsum(dim=-1).add_(errors_before[..., None])
+        # sum over i = 1..m of (E + e i/m) / (n + i) = (E - e n/m) (H(n + m) - H(n)) + e
+        rate = failed / count.clamp(min=1)
+        edges = torch.cat([kept_before[..., None], kept], dim=-1)
+        harmonic = torch.special.digamma(edges + 1).diff(dim=-1)
+        areas = (errors - failed - rate * (kept - count)) * harmonic + failed
+        total = total + torch.where(count > 0, areas, 0).sum(dim=-1)
+        kept_before, errors_before = kept[..., -1], errors[..., -1]
+    return total / profile.total
 
 
 def optimal_area_under_risk_coverage(scores: Confidences) -> float:
@@ -111,12 +116,16 @@ def area_under_generalised_risk_coverage(scores: Confidences) -> float:
 
 def augrc_of_profile(profile: Profile) -> Float[Tensor, "*r"]:
     """:func:`area_under_generalised_risk_coverage` of each resample of a profile."""
-    _, kept, errors = _falling(profile)
-    count = torch.diff(kept, dim=-1, prepend=torch.zeros_like(kept[..., :1]))
-    failed = torch.diff(errors, dim=-1, prepend=torch.zeros_like(errors[..., :1]))
-    # errors before the block stay for all m of its steps, its own enter evenly: e (m + 1) / 2
-    areas = (errors - failed) * count + failed * (count + 1) / 2
-    return areas.sum(dim=-1) / profile.total.square()
+    total = torch.zeros_like(profile.total)
+    before = total
+    for piece in profile.pieces(falling=True):
+        count, failed = piece.count.flip(-1), (piece.count - piece.hits).flip(-1)
+        errors = failed.cumsum(dim=-1).add_(before[..., None])
+        # errors before the block stay for all m of its steps, its own enter evenly: e (m + 1) / 2
+        areas = (errors - failed) * count + failed * (count + 1) / 2
+        total = total + areas.sum(dim=-1)
+        before = errors[..., -1]
+    return total / profile.total.square()
 
 
 def auroc_of_confidence(scores: Confidences) -> float:
@@ -129,10 +138,14 @@ def auroc_of_confidence(scores: Confidences) -> float:
 
 def auroc_of_profile(profile: Profile) -> Float[Tensor, "*r"]:
     """:func:`auroc_of_confidence` of each resample of a profile."""
-    wrong = profile.count - profile.hits
-    below = wrong.cumsum(dim=-1) - wrong
-    wins = (profile.hits * (below + wrong / 2)).sum(dim=-1)
-    pairs = profile.hits.sum(dim=-1) * wrong.sum(dim=-1)
+    wins = torch.zeros_like(profile.total)
+    carry = wins
+    for piece in profile.pieces():
+        wrong = piece.count - piece.hits
+        running = wrong.cumsum(dim=-1).add_(carry[..., None])
+        wins = wins + (piece.hits * (running - wrong / 2)).sum(dim=-1)
+        carry = running[..., -1]
+    pairs = profile.hits.sum(dim=-1) * carry
     return torch.where(pairs > 0, wins / pairs, math.nan)
 
 

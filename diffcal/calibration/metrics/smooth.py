@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffcal.calibration.metrics.inputs import Confidences
-from diffcal.calibration.metrics.profile import Profile
+from diffcal.calibration.metrics.profile import PIECE, Profile
 from diffcal.errors import ConfigError
 
 __all__ = [
@@ -38,7 +38,11 @@ class GaussianSmoother:
         self, position: Float[Tensor, " m"], mass: Float[Tensor, "*r m"]
     ) -> Float[Tensor, "*r g"]:
         """Transform of the periodic even extension of ``mass`` at ``position``."""
-        nodes = linear_nodes(position * self.cells, mass, self.cells + 1)
+        size = PIECE if mass.ndim == 1 else max(len(position), 1)
+        nodes = mass.new_zeros((*mass.shape[:-1], self.cells + 1))
+        for start in range(0, len(position), size):
+            part = slice(start, start + size)
+            nodes += linear_nodes(position[part] * self.cells, mass[..., part], self.cells + 1)
         nodes[..., 0] *= 2
         nodes[..., -1] *= 2
         periodic = torch.cat([nodes, nodes[..., 1:-1].flip(-1)], dim=-1)
@@ -90,7 +94,7 @@ def smooth_calibration_error(scores: Confidences, cells: int = 8192) -> float:
     def make() -> float:
         c, r = scores.confidence, scores.confidence - scores.outcome
         smoother = GaussianSmoother(c.device, cells)
-        transform = smoother.spread(c, r / len(c))
+        transform = smoother.spread(c, r) / len(c)
         return float(_fixed_point(smoother, transform))
 
     return scores.cached(("smece", cells), make)

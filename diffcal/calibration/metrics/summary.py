@@ -167,8 +167,8 @@ def measure(
     if name in OOD_NAMES:
         if ood_logits is None:
             raise DataError(f"'{name}' compares with another data set: pass ood_logits=")
-        kind = "logits" if made.is_logits else "probs"
-        inside = ood_scores(**{kind: made.scores}, score=ood_score)
+        logits, probs = (made.scores, None) if made.is_logits else (None, made.scores)
+        inside = ood_scores(logits=logits, probs=probs, score=ood_score)
         return ood_auroc(inside, ood_scores(logits=ood_logits, score=ood_score))
     state, _, rest = name.partition("_")
     if state == "post":
@@ -353,7 +353,8 @@ def _names(measures: str | Sequence[str], scores: Confidences) -> list[str]:
     names = list(COMMON_MEASURES if measures == "common" else MEASURES)
     soft = isinstance(scores, Predictions) and scores.is_soft
     if measures == "common" and soft:
-        names += SOFT_COMMON_MEASURES
+        # the floor is what drawing labels adds, and soft labels are not drawn
+        names = [name for name in names if name != "noise_floor"] + list(SOFT_COMMON_MEASURES)
     allowed = {"confidences"}
     allowed |= {"classes"} if isinstance(scores, Predictions) else set()
     allowed |= {"soft labels"} if soft else set()

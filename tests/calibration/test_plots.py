@@ -1,0 +1,123 @@
+"""Figures: what they draw for ordinary, soft, tiny and extreme data; same data, same bytes."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffcal.calibration import plots
+from diffcal.calibration.metrics.inputs import Confidences, Predictions
+from diffcal.calibration.metrics.reliability import (
+    reliability_curve,
+    smooth_reliability_curve,
+    wilson_interval,
+)
+from diffcal.calibration.plot_style import figure_to_png, figure_to_svg
+from diffcal.errors import ConfigError
+
+
+def model(n=800, k=4, factor=2.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, k, generator=generator) * 1.5
+    y = torch.multinomial(z.softmax(1), 1, generator=generator)[:, 0]
+    return Predictions(logits=z * factor, labels=y)
+
+
+def soft():
+    z = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    return Predictions(logits=z * 2, soft_labels=z.softmax(1))
+
+
+@pytest.mark.parametrize("kind", ["binned", "smooth"])
+@pytest.mark.parametrize("scheme", ["width", "mass"])
+@pytest.mark.parametrize("interval", ["wilson", "bootstrap", "none"])
+def test_reliability_diagram_bars_are_the_curve(kind, scheme, interval):
+    p = model()
+    figure = plots.reliability_diagram(p, 10, scheme, kind, interval)
+    axes = figure.axes[0]
+    if kind == "binned":
+        curve = reliability_curve(p, 10, scheme)
+        accuracy = curve.accuracy[curve.count > 0].numpy()
+        tops = np.array([bar.get_y() + bar.get_height() for bar in axes.patches])
+        for value in accuracy:  # blue up to the accuracy, or teal on top of blue
+            assert np.abs(tops - value).min() < 1e-9
+    assert figure_to_png(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        soft(),
+        model(n=3),
+        Predictions(logits=torch.zeros(9, 3), labels=torch.arange(9) % 3),
+        Predictions(logits=torch.eye(3) * 900, labels=torch.tensor([0, 1, 2])),
+        Predictions(logits=torch.eye(3) * 900, labels=torch.tensor([1, 2, 0])),
+    ],
+    ids=["soft", "three", "constant", "all right", "all wrong"],
+)
+def test_extreme_data_are_drawn(p):
+    for figure in (
+        plots.reliability_diagram(p, kind="binned"),
+        plots.reliability_diagram(p, kind="binned", scheme="mass"),
+        plots.reliability_diagram(p, kind="smooth"),
+        plots.confidence_histogram(p),
+        plots.class_heat_map(p),
+        plots.risk_coverage({"a": p}),
+    ):
+        assert b"<svg" in figure_to_svg(figure)
+
+
+def test_comparisons_draw_every_model():
+    models = {"before": model(), "after": model(factor=1.0), "third": soft()}
+    figure = plots.reliability_comparison(models)
+    titles = {axes.get_title(loc="left") for axes in figure.axes} - {""}
+    assert titles == set(models)
+    risk = plots.risk_coverage(models)
+    labels = [text.get_text() for text in risk.axes[0].get_legend().get_texts()]
+    assert [label.split()[0] for label in labels] == list(models)
+    points = plots.measure_intervals({"a": (0.1, 0.05, 0.12), "b": (0.2, None, None)}, "ECE", 0.01)
+    assert [label.get_text() for label in points.axes[0].get_yticklabels()] == ["a", "b"]
+    five = plots.reliability_comparison({str(index): model(n=50) for index in range(5)})
+    assert b"<svg" in figure_to_svg(five)
+
+
+def test_heat_map_orders_classes_by_error_and_names_them():
+    figure = plots.class_heat_map(model(), class_names=["a", "b", "c", "d"], max_classes=2)
+    assert len(figure.axes[0].get_yticklabels()) == 2
+    assert {text.get_text() for text in figure.axes[0].get_yticklabels()} < set("abcd")
+
+
+def test_same_figure_same_bytes_and_no_pyplot_state():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    one, two = (figure_to_svg(plots.reliability_diagram(model())) for _ in range(2))
+    assert one == two
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_nothing_to_draw_is_refused():
+    with pytest.raises(ConfigError, match="at least one model"):
+        plots.risk_coverage({})
+
+
+def test_wilson_interval_of_known_proportions():
+    # 8 of 10: the textbook interval (0.490, 0.943)
+    low, high = wilson_interval(torch.tensor([8.0]).double(), torch.tensor([10.0]).double())
+    assert float(low) == pytest.approx(0.4902, abs=1e-4)
+    assert float(high) == pytest.approx(0.9433, abs=1e-4)
+    low, high = wilson_interval(torch.zeros(1).double(), torch.zeros(1).double())
+    assert bool(low.isnan().all())
+    assert bool(high.isnan().all())
+
+
+def test_smooth_curve_of_a_known_accuracy():
+    generator = torch.Generator().manual_seed(0)
+    c = torch.rand(200_000, generator=generator, dtype=torch.float64)
+    hits = torch.rand(200_000, generator=generator, dtype=torch.float64) < c**2
+    curve = smooth_reliability_curve(Confidences(c, hits), sigma=0.02, n_resamples=50)
+    inner = (curve.grid > 0.1) & (curve.grid < 0.9)
+    expected = curve.grid[inner] ** 2
+    torch.testing.assert_close(curve.accuracy[inner], expected, rtol=0, atol=0.02)
+    assert bool((curve.low[inner] <= curve.accuracy[inner] + 0.01).all())
+    total = torch.trapezoid(curve.density, curve.grid)
+    assert float(total) == pytest.approx(1, abs=1e-6)
