@@ -88,7 +88,7 @@ def average_calibration_error(
 
 def calibration_gap(scores: Confidences) -> float:
     """Mean confidence minus accuracy, signed: positive is over-confident. The ECE of one bin."""
-    return float((scores.confidence - scores.outcome).mean())
+    return scores.moments["c"] - scores.moments["t"]
 
 
 def over_confidence_part(

@@ -7,9 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcal.calibration.metrics.binning import BinSums, Scheme, bin_sums, width_edges
+from diffcal.calibration.metrics.binning import (
+    BinSums,
+    Scheme,
+    assign_bins,
+    bin_sums,
+    width_edges,
+)
 from diffcal.calibration.metrics.inputs import Confidences, Predictions
-from diffcal.calibration.metrics.profile import segment_sums
 from diffcal.errors import ConfigError
 
 __all__ = [
@@ -148,7 +153,12 @@ def noise_floor_draws(
     generator = torch.Generator().manual_seed(seed)
     bins = torch.diff(ends, prepend=ends.new_zeros(1))
     # hits minus their expectation has variance sum of c(1 - c)
-    spread = segment_sums(count * c * (1 - c), ends).clamp(min=0).sqrt()
+    variance = torch.zeros(len(bins), dtype=torch.float64, device=c.device)
+    for piece in scores.profile.pieces():
+        weights = piece.count * piece.confidence * (1 - piece.confidence)
+        index = assign_bins(piece.confidence, edges)
+        variance += torch.bincount(index, weights=weights, minlength=len(bins))
+    spread = variance.clamp(min=0).sqrt()
     draws = torch.randn((n_resamples, len(bins)), generator=generator, dtype=torch.float64)
     gaps = draws.to(c.device).mul_(spread).abs_()
     small = (bins <= 1000) & (bins > 0)

@@ -89,6 +89,21 @@ class Confidences:
         """Share of examples whose event happened; the accuracy of a classifier."""
         return float(self._outcome.sum(dtype=torch.float64)) / len(self)
 
+    @property
+    def moments(self) -> dict[str, float]:
+        """Means of c, t, c², t², c t and (c - t)² over the examples, for confidences c, outcomes t."""
+
+        def make() -> dict[str, float]:
+            total = torch.zeros(6, dtype=torch.float64, device=self.confidence.device)
+            for c, kept in self.pieces():
+                t = kept.double()
+                parts = (c, t, c.square(), t.square(), c * t, (c - t).square())
+                total += torch.stack([part.sum() for part in parts])
+            names = ("c", "t", "cc", "tt", "ct", "residual")
+            return dict(zip(names, (total / len(self)).tolist(), strict=True))
+
+        return self.cached("moments", make)
+
     def is_cached(self, key: Any) -> bool:
         """Whether ``key`` is remembered already."""
         return key in self._cache

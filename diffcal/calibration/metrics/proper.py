@@ -55,7 +55,7 @@ def brier_score(
 
 def brier_top_label(scores: Confidences) -> float:
     """Mean squared gap of confidence and outcome of the top label, in [0, 1]."""
-    return float((scores.confidence - scores.outcome).square().mean())
+    return scores.moments["residual"]
 
 
 def mean_entropy(predictions: Predictions) -> float:
@@ -102,17 +102,17 @@ def brier_decomposition(
 
     Source: Murphy 1973; the within-bin terms from Stephenson et al. 2008 (their equation 5).
     """
-    c, t = scores.confidence, scores.outcome
     sums = bin_sums(scores, n_bins, scheme).filled
-    accuracy = t.mean()
+    means = scores.moments
+    accuracy = means["t"]
     # means of products over everything minus products of bin means: sums within bins
-    variance = c.square().mean() - (sums.weight * sums.mean_confidence.square()).sum()
-    covariance = (c * t).mean() - (sums.weight * sums.mean_confidence * sums.mean_outcome).sum()
+    variance = means["cc"] - (sums.weight * sums.mean_confidence.square()).sum()
+    covariance = means["ct"] - (sums.weight * sums.mean_confidence * sums.mean_outcome).sum()
     return BrierDecomposition(
         brier=brier_top_label(scores),
         reliability=float((sums.weight * sums.gap.square()).sum()),
         resolution=float((sums.weight * (sums.mean_outcome - accuracy).square()).sum()),
-        uncertainty=float(t.square().mean() - accuracy.square()),
+        uncertainty=means["tt"] - accuracy**2,
         within_bin_variance=float(variance),
         within_bin_covariance=2 * float(covariance),
     )
