@@ -125,7 +125,7 @@ def table(
     Args:
         rows: Cells: numbers are shortened to four significant digits, None becomes a dash, strings
             are escaped, :class:`Html` is kept.
-        best: Column index to ``"lowest"`` or ``"highest"``: that number is emphasised.
+        best: Column index to ``"lowest"`` or ``"highest"``: that number is emphasised (all of them if equal).
 
     Raises:
         ConfigError: a row of another length than the header.
@@ -139,7 +139,9 @@ def table(
         for i in range(len(header))
     ]
     winners = {
-        (_winner([row[index] for row in rows], kind), index) for index, kind in (best or {}).items()
+        (row, index)
+        for index, kind in (best or {}).items()
+        for row in _winners([row[index] for row in rows], kind)
     }
     head = "".join(
         f"<th{_class(numeric[i])}>{html.escape(name)}</th>" for i, name in enumerate(header)
@@ -268,7 +270,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _winner(values: Sequence[Any], kind: str) -> int | None:
+def _winners(values: Sequence[Any], kind: str) -> list[int]:
     if kind not in ("lowest", "highest"):
         raise ConfigError(f"best must be 'lowest' or 'highest', not '{kind}'")
     numbers = {
@@ -278,9 +280,9 @@ def _winner(values: Sequence[Any], kind: str) -> int | None:
     }
     numbers = {index: value for index, value in numbers.items() if math.isfinite(value)}
     if len(numbers) < 2:
-        return None
-    choose = min if kind == "lowest" else max
-    return choose(numbers, key=lambda index: numbers[index])
+        return []
+    best = (min if kind == "lowest" else max)(numbers.values())
+    return [index for index, value in numbers.items() if value == best]
 
 
 def _class(numeric: bool, best: bool = False) -> str:
@@ -295,7 +297,7 @@ _CSS = """
 --back:#15191e;
 --card:#1d2329;--accent:#7fb2ea;--good:#1f3a2b;--warn:#41331a;--info:#1d2f42}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:1080px;padding:2.5rem 1.5rem 4rem;background:var(--back);
+body{margin:0 auto;max-width:1160px;padding:2.5rem 1.5rem 4rem;background:var(--back);
 color:var(--ink);
 font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 h1{font-size:2rem;line-height:1.2;margin:0 0 .3rem;letter-spacing:-.015em}
