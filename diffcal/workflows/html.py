@@ -125,7 +125,7 @@ def table(
     Args:
         rows: Cells: numbers are shortened to four significant digits, None becomes a dash, strings
             are escaped, :class:`Html` is kept.
-        best: Column index to ``"lowest"`` or ``"highest"``: that number is emphasised (all of them if equal).
+        best: Column index to ``"lowest"`` or ``"highest"``: these numbers are emphasised.
 
     Raises:
         ConfigError: a row of another length than the header.
