@@ -56,6 +56,10 @@ class Guided:
             denoiser.unconditional(1)  # refuses here rather than in the middle of a run
         self.denoiser, self.guide = denoiser, guide
         self.scale, self.interval = scale, interval
+        # What samplers ask of a denoiser, handed on.
+        self.module = getattr(denoiser, "module", None)
+        self.sigma_min = getattr(denoiser, "sigma_min", 0.0)
+        self.sigma_max = getattr(denoiser, "sigma_max", math.inf)
 
     def __call__(
         self,

@@ -49,7 +49,8 @@ def sample(
     Args:
         denoise: A :class:`~diffcal.diffusion.denoisers.Denoiser`, or any function of (x, sigma [b],
             condition). It is called with float64 tensors; denoisers cast. If it has them,
-            ``sigma_min`` and ``sigma_max`` clip the grid and ``round_sigma`` rounds its levels.
+            ``sigma_min`` and ``sigma_max`` clip the grid, and ``round_sigma`` (its own or its module's)
+            rounds the levels to those that the network knows.
         noise: Standard normal draw; the state starts at ``noise`` times the largest level.
         condition: From ``denoiser.condition(weights)``; None for unconditional models.
         config: Solver, grid, churn and guidance. Guidance needs ``denoise.unconditional``, and is
@@ -72,8 +73,7 @@ def sample(
     """
     sigmas = sampling_sigmas(denoise, config).tolist()
     x = noise.to(_state_dtype(noise.device)) * sigmas[0]
-    # Rows of zeros in a churned grid mean no churn; multistep solvers have none.
-    churned = churned_sigmas(sigmas, config, getattr(denoise, "round_sigma", None))
+    churned = churned_sigmas(sigmas, config, _rounding(denoise))
     if churned != sigmas[:-1] and churn_noise is None:
         raise ConfigError(
             f"s_churn {config.s_churn:g} adds fresh noise: give churn_noise, a function of the step"
@@ -108,7 +108,7 @@ def sampling_sigmas(denoise: Any, config: SamplerConfig) -> Float64[Tensor, " n"
         getattr(denoise, "sigma_max", math.inf),
     )
     sigmas = sigma_grid(config.schedule, config.steps, low, high, config.rho)
-    round_sigma = getattr(denoise, "round_sigma", None)
+    round_sigma = _rounding(denoise)
     if round_sigma is not None:
         sigmas = torch.cat([round_sigma(sigmas[:-1]).double().cpu(), sigmas[-1:]])
         if bool((sigmas.diff() >= 0).any()):
@@ -156,9 +156,8 @@ class _Evaluations:
         self.interval = config.guidance_interval
         self.condition = condition
         table = torch.tensor(levels, dtype=x.dtype).to(x.device)
-        self.sigma = {
-            level: table[i].expand(len(x)) for i, level in enumerate(levels)
-        }  # one transfer for all steps
+        # One transfer for all steps.
+        self.sigma = {level: table[i].expand(len(x)) for i, level in enumerate(levels)}
         self.immediate = x.device.type == "cpu"
         self.sums: list[tuple[int, float, Tensor]] = []
 
@@ -225,6 +224,11 @@ def _apply(update: Update, x: Tensor, history: list[Tensor]) -> Tensor:
     for weight, denoised in zip(update.weights, history, strict=False):
         result.add_(denoised, alpha=weight)
     return result
+
+
+def _rounding(denoise: Any) -> Callable[..., Tensor] | None:
+    module = getattr(denoise, "module", None)
+    return getattr(denoise, "round_sigma", None) or getattr(module, "round_sigma", None)
 
 
 def _state_dtype(device: torch.device) -> torch.dtype:
