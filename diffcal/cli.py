@@ -1,5 +1,274 @@
-"""The ``diffcal`` command."""
+"""The ``diffcal`` command: flags in, stages called, one summary out.
+
+Nothing heavy is imported before a handler runs, so ``diffcal --help`` answers at once.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffcal import __version__
+from diffcal.config import build_config
+from diffcal.errors import ConfigError, DiffcalError
+
+__all__ = ["main"]
+
+PRESETS = Path(__file__).parent / "workflows" / "presets"
+
+Handler = Callable[[argparse.Namespace], Any]
 
 
 def main(argv: list[str] | None = None) -> int:
-    raise SystemExit("being written")
+    """Exit status of the command line ``argv`` (default: the process's own arguments).
+
+    Errors that diffcal raises on purpose are printed in one line and give status 2; anything else
+    keeps its traceback.
+    """
+    args = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else logging.INFO,
+        format="%(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    for noisy in ("httpx", "datasets", "filelock", "urllib3", "fsspec", "matplotlib", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        summary = args.handler(args)
+    except DiffcalError as error:
+        sys.stderr.write(f"diffcal: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("diffcal: interrupted; run the same command again to continue\n")
+        return 130
+    if summary is not None and _is_main_process():
+        sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False, default=str) + "\n")
+    return 0
+
+
+def _is_main_process() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diffcal",
+        description="Calibrated classifiers and training-data attribution with diffusion models.",
+    )
+    parser.add_argument("--version", action="version", version=f"diffcal {__version__}")
+    parser.add_argument("--verbose", action="store_true", help="log details to stderr")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    quick = _add(
+        commands, "quickstart", "the whole method on small digits, in minutes", _quickstart
+    )
+    quick.add_argument("--out", type=Path, default=Path("quickstart"), help="output folder")
+    quick.add_argument("--seed", type=int, default=0)
+    quick.add_argument("--overwrite", action="store_true", help="start again in a used folder")
+
+    csm = _group(commands, "csm", "generate and annotate images that lie between classes")
+    _run_flags(
+        _add(csm, "run", "plan, generate, annotate, publish", _csm_run),
+        presets=("digits", "cifar10"),
+    )
+    _run_flags(
+        _add(csm, "generate", "only generate (resumes)", _csm_generate),
+        presets=("digits", "cifar10"),
+    )
+    annotate = _add(
+        csm, "annotate", "annotate generated images again, without regenerating", _annotate
+    )
+    annotate.add_argument("run", type=Path, help="folder of diffcal csm")
+    _config_flags(annotate, presets=("digits", "cifar10"))
+    publish = _add(csm, "publish", "write the soft-labelled data set of a run", _publish)
+    publish.add_argument("run", type=Path, help="folder of diffcal csm")
+    _config_flags(publish, presets=("digits", "cifar10"))
+    export = _add(
+        csm, "export-webdataset", "convert a published data set to tar shards", _webdataset
+    )
+    export.add_argument("dataset", type=Path, help="published data set folder")
+    export.add_argument("--out", type=Path, required=True)
+    export.add_argument("--shard-size", type=int, default=1000, help="images per tar file")
+
+    _run_flags(
+        _add(commands, "train-diffusion", "train a class-conditional denoiser", _train_diffusion),
+        presets=("digits", "cifar10"),
+    )
+    _run_flags(
+        _add(
+            commands,
+            "train-classifier",
+            "train a classifier on real and mixed data",
+            _train_classifier,
+        ),
+        presets=("digits", "cifar10"),
+    )
+
+    checkpoints = _group(commands, "checkpoints", "model files")
+    imports = _add(checkpoints, "import", "convert an EDM pickle without running it", _import)
+    imports.add_argument("file", type=Path)
+    imports.add_argument("--out", type=Path, required=True)
+    imports.add_argument("--sha256", help="refuse the file unless it has this hash")
+    imports.add_argument("--class-names", help="comma-separated names, in label order")
+    show = _add(checkpoints, "show", "what a checkpoint holds", _show)
+    show.add_argument("source", help="checkpoint folder or hub name")
+
+    report = _add(commands, "report", "calibration report of one or several logits files", _report)
+    report.add_argument("logits", type=Path, nargs="+", help=".npz, .parquet or .safetensors")
+    report.add_argument("--out", type=Path, required=True, help="folder for report.html and .json")
+    return parser
+
+
+def _group(commands: Any, name: str, text: str) -> Any:
+    parser = commands.add_parser(name, help=text, description=text)
+    return parser.add_subparsers(dest=f"{name}_command", required=True, metavar="COMMAND")
+
+
+def _add(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _config_flags(parser: argparse.ArgumentParser, presets: tuple[str, ...] = ()) -> None:
+    names = f"one of {', '.join(presets)}; settings come from it first" if presets else "preset"
+    parser.add_argument("--preset", help=names)
+    parser.add_argument("--config", type=Path, help="TOML file with settings")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override, as plan.groups=100",
+    )
+    parser.add_argument("--seed", type=int, help="short for --set seed=N")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and stop")
+
+
+def _run_flags(parser: argparse.ArgumentParser, presets: tuple[str, ...] = ()) -> None:
+    _config_flags(parser, presets)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="output folder; resumes what it holds"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="discard what the folder holds")
+
+
+def _build(cls: type, args: argparse.Namespace, kind: str) -> Any:
+    """Config of ``cls`` from ``presets/KIND-NAME.toml``, ``--config`` and the overrides."""
+    import tomllib
+
+    base = None
+    if args.preset is not None:
+        path = PRESETS / f"{kind}-{args.preset}.toml"
+        if not path.exists():
+            known = sorted(p.stem.removeprefix(f"{kind}-") for p in PRESETS.glob(f"{kind}-*.toml"))
+            raise ConfigError(f"unknown preset '{args.preset}'; known: {', '.join(known)}")
+        base = tomllib.loads(path.read_text("utf-8"))
+    overrides = list(args.set)
+    if args.seed is not None:
+        overrides.append(f"seed={args.seed}")
+    return build_config(cls, args.config, overrides, base)
+
+
+def _dry(config: Any) -> dict[str, Any]:
+    from diffcal.config import config_to_dict
+
+    return config_to_dict(config)
+
+
+def _quickstart(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.quickstart import quickstart
+
+    return quickstart(args.out, seed=args.seed, overwrite=args.overwrite)
+
+
+def _csm_run(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.csm import CsmConfig, run_csm
+
+    config = _build(CsmConfig, args, "csm")
+    if args.dry_run:
+        return _dry(config)
+    return run_csm(config, args.out, device=args.device, overwrite=args.overwrite)
+
+
+def _csm_generate(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.csm import CsmConfig, run_generation
+
+    config = _build(CsmConfig, args, "csm")
+    if args.dry_run:
+        return _dry(config)
+    return run_generation(config, args.out, device=args.device, overwrite=args.overwrite)
+
+
+def _annotate(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.csm import CsmConfig, run_annotation
+
+    config = _build(CsmConfig, args, "csm")
+    return _dry(config) if args.dry_run else run_annotation(config, args.run, device=args.device)
+
+
+def _publish(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.csm import CsmConfig, run_publication
+
+    config = _build(CsmConfig, args, "csm")
+    return _dry(config) if args.dry_run else run_publication(config, args.run)
+
+
+def _webdataset(args: argparse.Namespace) -> Any:
+    from diffcal.data.webdataset import export_webdataset
+
+    paths = export_webdataset(args.dataset, args.out, shard_size=args.shard_size)
+    return {"out": str(args.out), "shards": len(paths)}
+
+
+def _train_diffusion(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.train_diffusion import TrainDiffusionConfig, train_diffusion
+
+    config = _build(TrainDiffusionConfig, args, "diffusion")
+    if args.dry_run:
+        return _dry(config)
+    return train_diffusion(config, args.out, overwrite=args.overwrite, device=args.device)
+
+
+def _train_classifier(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.train_classifier import TrainClassifierConfig, train_classifier
+
+    config = _build(TrainClassifierConfig, args, "classifier")
+    if args.dry_run:
+        return _dry(config)
+    return train_classifier(config, args.out, overwrite=args.overwrite, device=args.device)
+
+
+def _import(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.import_checkpoint import run
+
+    names = tuple(args.class_names.split(",")) if args.class_names else None
+    return run(args.file, args.out, sha256=args.sha256, class_names=names)
+
+
+def _show(args: argparse.Namespace) -> Any:
+    from diffcal import load_denoiser
+
+    denoiser = load_denoiser(args.source)
+    return {
+        "source": args.source,
+        "kind": type(denoiser).__name__,
+        "sample_shape": list(denoiser.sample_shape),
+        "condition": denoiser.condition_kind,
+        "classes": list(denoiser.class_names),
+        "sigma": [denoiser.sigma_min, denoiser.sigma_max],
+        "parameters": sum(p.numel() for p in denoiser.module.parameters()),
+        "fingerprint": denoiser.fingerprint,
+    }
+
+
+def _report(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.report import report
+
+    return report(args.logits, args.out)

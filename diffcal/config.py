@@ -121,7 +121,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise ConfigError(f"'{path}' must be one of {', '.join(map(repr, choices))}; got {value!r}")
+            raise ConfigError(
+                f"'{path}' must be one of {', '.join(map(repr, choices))}; got {value!r}"
+            )
         return value
     if origin is tuple:
         return _convert_tuple(typing.get_args(hint), value, path)

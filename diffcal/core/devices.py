@@ -20,7 +20,9 @@ def resolve_device(name: str = "auto") -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"unknown device '{name}': use auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device '{name}' asked for, but torch sees no CUDA device; use cpu or auto")
+        raise ConfigError(
+            f"device '{name}' asked for, but torch sees no CUDA device; use cpu or auto"
+        )
     return device
 
 

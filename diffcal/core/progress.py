@@ -9,7 +9,9 @@ from tqdm import tqdm
 __all__ = ["progress_bar"]
 
 
-def progress_bar(total: int, description: str, *, unit: str = "it", initial: int = 0) -> "tqdm[Any]":
+def progress_bar(
+    total: int, description: str, *, unit: str = "it", initial: int = 0
+) -> "tqdm[Any]":
     """A ``tqdm`` bar to ``update(n)``; use it as a context manager.
 
     Silent on processes other than rank 0 of a launch and when ``DIFFCAL_PROGRESS=0``.

@@ -1,0 +1,207 @@
+"""How trustworthy each mixed image is: columns to store, and thresholds to apply later."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffcal.errors import ConfigError, DataError
+from diffcal.mixing.annotator_base import support_mask
+from diffcal.mixing.projection import affine_weights
+from diffcal.mixing.prototypes import FeatureBatches
+
+__all__ = [
+    "FilterConfig",
+    "endpoint_agreement",
+    "group_spearman",
+    "nearest_cosine",
+    "off_axis_residual",
+    "real_residual_quantile",
+    "third_class_mass",
+]
+
+PURE = 1 - 1e-6
+"""Smallest weight of a class that makes an image a pure one."""
+BLOCK = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Which mixed images to use, by thresholds on their quality columns; None switches one off.
+
+    Applied at publication or training, never at generation: no image is deleted.
+    """
+
+    max_residual: float | None = None
+    """Off-axis distance, in units of the 99th percentile of real images."""
+    max_third_mass: float | None = None
+    """Probability of classes that were not mixed. 0.3 is a sensible limit for labels that name only
+    the mixed classes; labels over all classes need none."""
+    min_group_spearman: float | None = None
+    """Rank correlation of requested and re-estimated ratio within the group; 0.8 is usual."""
+    max_nearest_cosine: float | None = None
+    """Cosine to the nearest real training image; refuses near copies."""
+    require_endpoints: bool = False
+    """Drop images of a single class that the probe takes for another."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "max_residual": (0, float("inf")),
+            "max_third_mass": (0, 1),
+            "min_group_spearman": (-1, 1),
+            "max_nearest_cosine": (-1, 1),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"filter.{name} must be in [{low}, {high}], got {value}")
+
+    @property
+    def active(self) -> bool:
+        """True if any threshold is set."""
+        return any(getattr(self, field.name) not in (None, False) for field in fields(self))
+
+    def keep(self, columns: Mapping[str, Any]) -> np.ndarray:
+        """Bool ``[n]``: rows that pass every threshold; a null (None or NaN) passes.
+
+        Args:
+            columns: Arrays or lists ``residual``, ``third_mass``, ``group_spearman``,
+                ``nearest_cosine`` and ``endpoint_ok``, as far as thresholds name them.
+
+        Raises:
+            DataError: a column that a threshold needs is missing.
+        """
+        kept: np.ndarray | None = None
+        for column, limit, sign in (
+            ("residual", self.max_residual, 1),
+            ("third_mass", self.max_third_mass, 1),
+            ("group_spearman", self.min_group_spearman, -1),
+            ("nearest_cosine", self.max_nearest_cosine, 1),
+            ("endpoint_ok", 1.0 if self.require_endpoints else None, -1),
+        ):
+            if limit is None:
+                continue
+            if column not in columns:
+                raise DataError(f"the filter needs column '{column}', which the annotation lacks")
+            values = np.array(
+                [np.nan if value is None else float(value) for value in columns[column]]
+            )
+            passing = np.isnan(values) | (sign * values <= sign * limit)
+            kept = passing if kept is None else kept & passing
+        if kept is None:
+            sizes = [len(values) for values in columns.values()]
+            return np.ones(sizes[0] if sizes else 0, dtype=bool)
+        return kept
+
+
+def off_axis_residual(
+    features: Float[Tensor, "b d"],
+    prototypes: Float[Tensor, "k d"],
+    classes: Int64[Tensor, "b m"],
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b m"]]:
+    """Distance to the flat through the mixed classes' prototypes, and the weights of the nearest point.
+
+    For a pair the flat is the line, the distance ``‖v - μ2 - λ̂ δ‖`` and the weights (λ̂, 1 - λ̂); they
+    sum to 1 and may be negative. Float64; weights are 0 at the padding (class -1).
+    """
+    distance = torch.zeros(len(features), dtype=torch.float64)
+    weights = torch.zeros(classes.shape, dtype=torch.float64)
+    features, prototypes = features.double(), prototypes.double()
+    supports, inverse = classes.unique(dim=0, return_inverse=True)
+    for index, support in enumerate(supports):
+        rows = (inverse == index).nonzero()[:, 0]
+        present = (support >= 0).nonzero()[:, 0]
+        own = prototypes[support[present]]
+        solution = affine_weights(features[rows], own)
+        weights[rows[:, None], present] = solution
+        distance[rows] = (features[rows] - solution @ own).norm(dim=1)
+    return distance, weights
+
+
+def real_residual_quantile(
+    batches: FeatureBatches, prototypes: Float[Tensor, "k d"], quantile: float = 0.99
+) -> float:
+    """Quantile over real images of the distance to the lines from their class to every other class.
+
+    Raises:
+        DataError: no images.
+    """
+    values = []
+    prototypes = prototypes.double()
+    delta = prototypes[:, None] - prototypes[None]
+    norm = delta.square().sum(dim=2)
+    other = ~torch.eye(len(prototypes), dtype=torch.bool)
+    for features, labels in batches:
+        for start in range(0, len(labels), BLOCK):
+            block, own = features[start : start + BLOCK].double(), labels[start : start + BLOCK]
+            away = block - prototypes[own]
+            # <v - μ_own, μ_own - μ_j> for all j, by linearity.
+            along = (away * prototypes[own]).sum(dim=1, keepdim=True) - away @ prototypes.T
+            along = along.square() / norm[own].clamp(min=1e-300)
+            squared = away.square().sum(dim=1, keepdim=True) - along
+            values.append(squared[other[own]].clamp(min=0).sqrt().float())
+    if not values:
+        raise DataError("no real images to compare residuals with")
+    ordered = torch.cat(values).sort().values
+    return float(ordered[min(int(quantile * len(ordered)), len(ordered) - 1)])
+
+
+def third_class_mass(
+    posterior: Float[Tensor, "b k"], classes: Int64[Tensor, "b m"]
+) -> Float[Tensor, " b"]:
+    """Probability of classes that were not mixed, float64 in [0, 1]."""
+    support = support_mask(classes, posterior.shape[1])
+    return torch.where(support, 0.0, posterior.double()).sum(dim=1).clamp(0, 1)
+
+
+def group_spearman(
+    groups: Int64[Tensor, " b"], ratio: Float[Tensor, " b"], estimate: Float[Tensor, " b"]
+) -> Float[Tensor, " b"]:
+    """Rank correlation of requested and re-estimated ratio of each row's group, float64.
+
+    NaN for groups of one, and where one side is constant or NaN.
+    """
+    from scipy.stats import rankdata
+
+    result = torch.full((len(groups),), float("nan"), dtype=torch.float64)
+    for group in groups.unique():
+        rows = (groups == group).nonzero()[:, 0]
+        x, y = ratio[rows].numpy(), estimate[rows].numpy()
+        if len(rows) < 2 or not (np.isfinite(x).all() and np.isfinite(y).all()):
+            continue
+        ranks = [rankdata(values) - (len(rows) + 1) / 2 for values in (x, y)]
+        scale = np.linalg.norm(ranks[0]) * np.linalg.norm(ranks[1])
+        if scale > 0:
+            result[rows] = float(ranks[0] @ ranks[1] / scale)
+    return result
+
+
+def endpoint_agreement(
+    posterior: Float[Tensor, "b k"], classes: Int64[Tensor, "b m"], weights: Float[Tensor, "b m"]
+) -> tuple[Bool[Tensor, " b"], Bool[Tensor, " b"]]:
+    """Which rows are of a single class (weight 1), and whether the probe sees that class in them."""
+    largest, position = weights.max(dim=1)
+    wanted = classes.gather(1, position[:, None])[:, 0]
+    return largest >= PURE, posterior.argmax(dim=1) == wanted
+
+
+def nearest_cosine(
+    features: Float[Tensor, "b d"], real: FeatureBatches, centre: Float[Tensor, " d"]
+) -> Float[Tensor, " b"]:
+    """Largest cosine of each image's features to those of any real image, by exact search.
+
+    Features are taken relative to ``centre`` (the mean of the real ones): without that, features that
+    share a large common part have cosines near 1 whatever they show.
+    """
+    best = torch.full((len(features),), -1.0)
+    queries = F.normalize((features.double() - centre).float(), dim=1)
+    for block, _ in real:
+        for start in range(0, len(block), BLOCK):
+            keys = F.normalize((block[start : start + BLOCK].double() - centre).float(), dim=1)
+            best = torch.maximum(best, (queries @ keys.T).max(dim=1).values)
+    return best.clamp(-1, 1)

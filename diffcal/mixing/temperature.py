@@ -1,0 +1,39 @@
+"""Temperature of logits, chosen on held-out targets, hard or soft."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcal.errors import NumericalError
+
+__all__ = ["fit_temperature", "mean_log_loss"]
+
+LOWEST, HIGHEST = 0.02, 50.0
+"""Temperatures outside are not believed: they come from held-out images that are all easy."""
+HALVINGS = 60
+
+
+def mean_log_loss(logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"]) -> float:
+    """Mean ``-Σ_k q_k log softmax(z)_k`` in nats."""
+    return float(-(targets.double() * logits.double().log_softmax(dim=1)).sum(dim=1).mean())
+
+
+def fit_temperature(logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"]) -> float:
+    """The temperature T at which ``softmax(logits / T)`` has the least mean log loss.
+
+    The loss is convex in 1/T, so the root of its slope is bracketed and halved.
+
+    Raises:
+        NumericalError: logits that are not finite.
+
+    Source: Guo et al. 2017 (arXiv:1706.04599), section 4.2.
+    """
+    logits, targets = logits.double(), targets.double()
+    if not bool(logits.isfinite().all()):
+        raise NumericalError("logits of held-out images hold NaN or infinite values")
+    low, high = 1 / HIGHEST, 1 / LOWEST
+    for _ in range(HALVINGS):
+        middle = (low * high) ** 0.5
+        slope = ((logits * middle).softmax(dim=1) - targets).mul(logits).sum(dim=1).mean()
+        low, high = (middle, high) if float(slope) < 0 else (low, middle)
+    return (low * high) ** -0.5

@@ -1,0 +1,56 @@
+import errno
+import json
+
+import pytest
+
+from diffcal.core.runs import claim_folder, fingerprint, read_json, write_atomic, write_json
+from diffcal.errors import ArtifactError
+
+
+def test_claim_resume_and_refusal(tmp_path):
+    folder = tmp_path / "run"
+    config = {"plan": {"groups": 4}, "seed": 0}
+    assert claim_folder(folder, config) is False
+    assert claim_folder(folder, config) is True
+    (folder / "shard").write_text("kept")
+    with pytest.raises(ArtifactError, match=r"plan\.groups: 4 there, 5 now"):
+        claim_folder(folder, {"plan": {"groups": 5}, "seed": 0})
+    assert (folder / "shard").read_text() == "kept"
+    assert claim_folder(folder, {"plan": {"groups": 5}, "seed": 0}, overwrite=True) is False
+    assert not (folder / "shard").exists()
+
+
+def test_foreign_folder_is_never_emptied(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtifactError, match="was not made by this command"):
+        claim_folder(tmp_path, {"seed": 0}, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+
+    def full(file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ArtifactError, match=r"no space left while writing .*a\.json"):
+        write_atomic(path, full)
+    assert read_json(path) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_refuses_nan_and_names_broken_files(tmp_path):
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(tmp_path / "n.json", {"x": float("nan")})
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"broken\.json"):
+        read_json(tmp_path / "broken.json")
+    with pytest.raises(ArtifactError, match="does not exist"):
+        read_json(tmp_path / "absent.json")
+
+
+def test_fingerprint_ignores_key_order():
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint(json.loads('{"b": [2], "a": 1}'))
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
