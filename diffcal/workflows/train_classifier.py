@@ -1,6 +1,5 @@
 """``diffcal train-classifier``: real images and a soft-labelled mixed set in, a classifier out."""
 
-import io
 import json
 import logging
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from diffcal.calibration.training_loop import fit_classifier
 from diffcal.config import config_to_dict
 from diffcal.core.rng import item_generator
 from diffcal.core.runs import claim_folder, fingerprint, sha256_file
+from diffcal.data.images import decode_image
 from diffcal.data.sources import open_images
 from diffcal.errors import ConfigError, DataError
 
@@ -136,7 +136,7 @@ def read_mixed(source: MixedSource, class_names: tuple[str, ...]) -> MixedImages
                 raise DataError(f"'{path}': classes and weights do not fit: {error}") from error
             if source.members == "pure" and float(weights.max()) < PURE:
                 continue
-            images.append(_decode(row["image"]["bytes"], path))
+            images.append(decode_image(row["image"]["bytes"], f"'{path}'"))
             support.append(torch.zeros(num_classes, dtype=torch.bool))
             support[-1][row["classes"]] = True
             groups.append(row["group"])
@@ -222,14 +222,3 @@ def _check_classes(path: Path, metadata: dict[bytes, bytes], class_names: tuple[
             f"the mixed set '{path}' has the classes {', '.join(found[:5])} ..., the real images "
             f"{', '.join(class_names[:5])} ..."
         )
-
-
-def _decode(data: bytes, path: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"'{path}' holds an image that cannot be decoded: {error}") from error
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
