@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffcal.calibration.batch_policy import MixedGroups, epoch_order, uniform_rows
 from diffcal.calibration.batchnorm import running_statistics_kept
 from diffcal.calibration.image_batches import (
     augment_images,
@@ -20,6 +19,7 @@ from diffcal.calibration.losses.registry import LOSSES, build_loss
 from diffcal.calibration.training_config import ClassifierConfig, LossConfig
 from diffcal.calibration.training_data import TrainingData
 from diffcal.core.rng import item_generator, item_seed
+from diffcal.data.batch_policy import MixedGroups, epoch_order, uniform_rows
 from diffcal.errors import CheckpointError, ConfigError, NumericalError
 from diffcal.models.classifier import normalise
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffcal.calibration.batch_policy import MixedGroups, epoch_order, uniform_rows
+from diffcal.data.batch_policy import MixedGroups, epoch_order, uniform_rows
 from diffcal.errors import DataError
 
 # Re-estimated ratios of the eight members of one group of the pair (2, 5), in generation order;
