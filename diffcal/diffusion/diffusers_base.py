@@ -90,6 +90,20 @@ class DiffusersDenoiser(ABC):
         Raises:
             ConfigError: a condition is missing, or given to an unconditional network.
         """
+        x = x.float()
+        output = self.predict(x, sigma, condition)
+        return self.noise.clean(x, append_dims(sigma.float(), x), output)
+
+    def predict(
+        self,
+        x: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, " b"],
+        condition: Tensor | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Raw output of the network in float32, a learned variance left out; arguments as for a call.
+
+        What it predicts (epsilon, sample or v) is ``noise.prediction``.
+        """
         if (condition is None) != (self.condition_kind == "none"):
             raise ConfigError(
                 "the network is unconditional, but a condition was given"
@@ -97,14 +111,25 @@ class DiffusersDenoiser(ABC):
                 else f"the network needs a {self.condition_kind} condition: "
                 "denoiser.condition(weights)"
             )
-        x, level = x.float(), append_dims(sigma.float(), x)
+        x = x.float()
         half = self.dtype != torch.float32
         with torch.autocast(x.device.type, dtype=self.dtype if half else None, enabled=half):
             output = self._network(
-                self.noise.network_input(x, level), self.noise.timestep(sigma), condition
+                self.noise.network_input(x, append_dims(sigma.float(), x)),
+                self.noise.timestep(sigma),
+                condition,
             )
         # Networks that also predict a variance put it into the second half of the channels.
-        return self.noise.clean(x, level, output[:, : x.shape[1]].float())
+        return output[:, : x.shape[1]].float()
+
+    def target(
+        self,
+        clean: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, " b"],
+    ) -> Float[Tensor, "b c h w"]:
+        """What :meth:`predict` is trained to give for ``clean + sigma * noise``."""
+        return self.noise.target(clean, noise, append_dims(sigma.float(), clean))
 
     @abstractmethod
     def _network(

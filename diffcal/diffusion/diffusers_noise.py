@@ -107,6 +107,19 @@ class DiscreteNoise:
             return x / scale - sigma / scale.sqrt() * output
         return output
 
+    def target(
+        self,
+        clean: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, "b 1 1 1"],
+    ) -> Float[Tensor, "b c h w"]:
+        """What the network is trained to output at ``x = clean + sigma noise``."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "v_prediction":
+            return (noise - sigma * clean) / (1 + sigma.square()).sqrt()
+        return clean
+
     def to(self, device: torch.device | str) -> "DiscreteNoise":
         """The same table on ``device`` (on MPS it stays on the CPU, having no float64)."""
         if torch.device(device).type == "mps":

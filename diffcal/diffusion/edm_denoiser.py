@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from diffcal.core.devices import resolve_device, resolve_dtype
+from diffcal.core.tensors import append_dims
 from diffcal.diffusion.denoisers import ConditionKind, images_to_model, model_to_images
 from diffcal.diffusion.preconditioning import Preconditioner
 from diffcal.errors import ConfigError, DataError
@@ -67,6 +68,37 @@ class EDMDenoiser:
         Raises:
             ConfigError: a condition is missing, or given to an unconditional network.
         """
+        return self._run(self.network, x, sigma, condition)
+
+    def predict(
+        self,
+        x: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, " b"],
+        condition: Tensor | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Raw output ``F`` of the preconditioned network, float32; arguments as for a call."""
+        return self._run(self.network.predict, x, sigma, condition)
+
+    def target(
+        self,
+        clean: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, " b"],
+    ) -> Float[Tensor, "b c h w"]:
+        """What :meth:`predict` is trained to give for ``clean + sigma * noise``.
+
+        ``((1 - c_skip) clean - c_skip sigma noise) / c_out``, Karras et al. 2022, equation 8.
+        """
+        # 1 - c_skip cancels at small noise levels; MPS has no float64.
+        wide = torch.float32 if sigma.device.type == "mps" else torch.float64
+        level = append_dims(sigma.to(wide), clean)
+        c_skip, c_out, _, _ = self.network.coefficients(level)
+        wanted = ((1 - c_skip) * clean - c_skip * level * noise) / c_out
+        return wanted.float()
+
+    def _run(
+        self, function: Callable[..., Tensor], x: Tensor, sigma: Tensor, condition: Tensor | None
+    ) -> Tensor:
         if (condition is None) != (self.condition_kind == "none"):
             raise ConfigError(
                 "the network is unconditional, but a condition was given"
@@ -78,8 +110,8 @@ class EDMDenoiser:
         with torch.autocast(
             x.device.type, dtype=self.dtype if half else None, enabled=half and not native
         ):
-            denoised = self.network(x.float(), sigma.float(), condition, force_fp32=not native)
-        return denoised.float()
+            output = function(x.float(), sigma.float(), condition, force_fp32=not native)
+        return output.float()
 
     def condition(self, weights: Float[Tensor, "b k"] | None) -> Float[Tensor, "b k"] | None:
         """Rows of class weights, checked and moved to the network; None if unconditional.

@@ -98,6 +98,30 @@ class Preconditioner(nn.Module):
             force_fp32: Ignore ``use_fp16``.
             augment_labels: What augmentation did to each image; missing: nothing.
         """
+        x, c_skip, c_out, raw = self._apply_model(
+            x, sigma, class_labels, force_fp32, augment_labels
+        )
+        return c_skip * x + c_out * raw
+
+    def predict(
+        self,
+        x: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, "..."] | float,
+        class_labels: Float[Tensor, "..."] | None = None,
+        force_fp32: bool = False,
+    ) -> Float[Tensor, "b c h w"]:
+        """Raw output ``F`` of the network inside, without skip and scale; arguments as ``forward``."""
+        return self._apply_model(x, sigma, class_labels, force_fp32, None)[3]
+
+    def _apply_model(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None,
+        force_fp32: bool,
+        augment_labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor]:
+        """(x, c_skip, c_out, F), all in the state's number format."""
         # The parameters say whether this is the float64 copy of the network; images never do.
         exact = self.model.map_layer0.weight.dtype == torch.float64  # type: ignore[union-attr]
         state = torch.float64 if exact else torch.float32
@@ -119,7 +143,7 @@ class Preconditioner(nn.Module):
             labels,
             augment_labels,
         )
-        return c_skip * x + c_out * raw[:, : self.img_channels].to(state)
+        return x, c_skip, c_out, raw[:, : self.img_channels].to(state)
 
 
 class EDMPrecond(Preconditioner):

@@ -1,0 +1,98 @@
+"""Scalar functionals of a network's output whose gradients are the attribution features."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcal.core.tensors import append_dims
+from diffcal.errors import ConfigError
+
+__all__ = ["FUNCTIONALS", "Functional", "FunctionalName", "Outputs", "resolve_functional"]
+
+FunctionalName = Literal[
+    "loss", "mean-squared-l2-norm", "mean", "l1-norm", "l2-norm", "linf-norm", "weighted-mse"
+]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a functional sees of a batch of (sample, timestep) rows."""
+
+    prediction: Float[Tensor, "b *d"]
+    """Output ``o`` of the network."""
+    target: Float[Tensor, "b *d"]
+    """What ``o`` was trained to equal (the noise ``e`` for an epsilon prediction)."""
+    weight: Float[Tensor, " b"]
+    """``beta_t / (2 alpha_t (1 - abar_t))`` of each row; NaN where there is no table of timesteps."""
+
+
+Functional = Callable[[Outputs], Float[Tensor, " b"]]
+"""One number for each row, independent of the other rows and differentiable in ``prediction``."""
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.flatten(1)
+
+
+def loss(outputs: Outputs) -> Float[Tensor, " b"]:
+    """Mean of ``(o - e)^2`` (TRAK)."""
+    return _rows((outputs.prediction - outputs.target).square()).mean(dim=1)
+
+
+def mean_squared(outputs: Outputs) -> Float[Tensor, " b"]:
+    """Mean of ``o^2`` (D-TRAK)."""
+    return _rows(outputs.prediction.square()).mean(dim=1)
+
+
+def mean(outputs: Outputs) -> Float[Tensor, " b"]:
+    """Mean of ``o`` (DAS)."""
+    return _rows(outputs.prediction).mean(dim=1)
+
+
+def l1_norm(outputs: Outputs) -> Float[Tensor, " b"]:
+    """Sum of ``|o|``, not divided by its size."""
+    return _rows(outputs.prediction.abs()).sum(dim=1)
+
+
+def l2_norm(outputs: Outputs) -> Float[Tensor, " b"]:
+    """``sqrt(sum o^2)``, not divided by its size."""
+    return _rows(outputs.prediction).norm(dim=1)
+
+
+def linf_norm(outputs: Outputs) -> Float[Tensor, " b"]:
+    """Largest ``|o|``."""
+    return _rows(outputs.prediction.abs()).amax(dim=1)
+
+
+def weighted_mse(outputs: Outputs) -> Float[Tensor, " b"]:
+    """``w_t`` times the mean of ``(o - e)^2``: the weight of the evidence bound."""
+    error = append_dims(outputs.weight, outputs.prediction)
+    return _rows(error * (outputs.prediction - outputs.target).square()).mean(dim=1)
+
+
+FUNCTIONALS: dict[str, Functional] = {
+    "loss": loss,
+    "mean-squared-l2-norm": mean_squared,
+    "mean": mean,
+    "l1-norm": l1_norm,
+    "l2-norm": l2_norm,
+    "linf-norm": linf_norm,
+    "weighted-mse": weighted_mse,
+}
+"""By the names of the D-TRAK and DAS releases (arXiv:2311.00500, arXiv:2410.18639)."""
+
+
+def resolve_functional(functional: str | Functional) -> Functional:
+    """The functional of a name, or a callable as it is.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if callable(functional):
+        return functional
+    if functional not in FUNCTIONALS:
+        raise ConfigError(f"unknown functional '{functional}': use {', '.join(FUNCTIONALS)}")
+    return FUNCTIONALS[functional]
