@@ -79,7 +79,7 @@ def write_shard(
     dtype: str,
     ids: Sequence[RowId],
     features: Float[Tensor, "n k"],
-    columns: Mapping[str, Float[Tensor, "n ..."]],
+    columns: Mapping[str, Float[Tensor, "_ ..."]],
 ) -> Shard:
     """Write the tensors, then the record; a shard without a record does not exist yet.
 

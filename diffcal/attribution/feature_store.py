@@ -134,7 +134,7 @@ class FeatureStore:
         index: int,
         ids: Sequence[RowId],
         features: Float[Tensor, "n k"],
-        columns: Mapping[str, Float[Tensor, "n ..."]] | None = None,
+        columns: Mapping[str, Float[Tensor, "_ ..."]] | None = None,
     ) -> None:
         """Write shard ``index``.
 
