@@ -1,9 +1,7 @@
 """The feature store: exact bytes, clear refusals, kills, and two processes at once."""
 
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -241,30 +239,32 @@ def test_bad_calls_are_one_clear_line(tmp_path):
         FeatureStore.open(tmp_path / "store")
 
 
-WORKER = """
-import sys, time
-from pathlib import Path
-import torch
-from diffcal.attribution.feature_shards import shard_ranges
-from diffcal.attribution.feature_store import FeatureStore
-
-folder, process, processes, pause = sys.argv[1], *map(float, sys.argv[2:5])
-store = FeatureStore.create(folder, spec={"seed": 3}, dim=64, dtype="int8")
-for part in shard_ranges(640, 20, process=int(process), processes=int(processes)):
-    if part.index in store.finished:
-        continue
-    time.sleep(pause)
-    rows = [torch.randn(64, generator=torch.Generator().manual_seed(i))
-            for i in range(part.start, part.stop)]
-    store.write(part.index, list(range(part.start, part.stop)), torch.stack(rows))
-"""
+def _work(folder, process, processes, pause):
+    torch.set_num_threads(1)
+    store = FeatureStore.create(folder, spec={"seed": 3}, dim=64, dtype="int8")
+    for part in shard_ranges(640, 20, process=process, processes=processes):
+        if part.index in store.finished:
+            continue
+        time.sleep(pause)
+        rows = features(part.start, part.stop, 64)
+        store.write(part.index, list(range(part.start, part.stop)), rows)
 
 
 def worker(folder, process=0, processes=1, pause=0.0):
-    command = [sys.executable, "-c", WORKER, str(folder), str(process), str(processes), str(pause)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # Forked, because importing torch again would take longer than everything else here.
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=_work, args=(folder, process, processes, pause))
+    child.start()
+    return child
 
 
+def finish(child):
+    child.join(60)
+    return child.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_kill_and_rerun_and_two_processes_give_the_same_bytes(tmp_path):
     both = [worker(tmp_path / "two", process, 2) for process in (0, 1)]
     slow = worker(tmp_path / "killed", pause=0.05)
@@ -272,9 +272,9 @@ def test_kill_and_rerun_and_two_processes_give_the_same_bytes(tmp_path):
     while len(list((tmp_path / "killed").glob("features-*.json"))) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    slow.send_signal(signal.SIGKILL)
-    slow.wait()
-    assert all(process.wait(60) == 0 for process in both)
+    slow.kill()
+    slow.join()
+    assert all(finish(process) for process in both)
     reference = content(tmp_path / "two")
     assert len(reference) == 1 + 2 * 32
     left = len(list((tmp_path / "killed").glob("features-*.json")))
@@ -282,7 +282,7 @@ def test_kill_and_rerun_and_two_processes_give_the_same_bytes(tmp_path):
     # What a kill between the two files, and one in the middle of a file, would leave behind.
     (tmp_path / "killed" / f"features-{left:05d}.safetensors").write_bytes(b"not renamed yet")
     (tmp_path / "killed" / f".features-{left + 1:05d}.safetensors.partial").write_bytes(b"half")
-    assert worker(tmp_path / "killed").wait(60) == 0
+    assert finish(worker(tmp_path / "killed"))
     assert content(tmp_path / "killed") == reference
     store = FeatureStore.open(tmp_path / "killed")
     assert store.ids == tuple(range(640))
