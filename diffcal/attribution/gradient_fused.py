@@ -1,0 +1,306 @@
+"""Per-sample gradients and sketches from one forward and one backward pass without weight gradients."""
+
+import logging
+from collections.abc import Mapping
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+import diffcal.attribution.gradient_rules  # noqa: F401  (fills the table of rules)
+from diffcal.attribution.gradient_parts import Part
+from diffcal.attribution.gradient_taps import Taps
+from diffcal.attribution.gradient_vmap import vmap_gradients
+from diffcal.attribution.gradients import (
+    GradientBatch,
+    Objective,
+    PerSampleGradients,
+    RowSums,
+    requiring_grad,
+)
+from diffcal.attribution.projection import Projector
+from diffcal.attribution.projection_factorised import FactorisedProjection, LayerSketch
+from diffcal.attribution.projectors import ChainedProjection
+from diffcal.errors import ConfigError
+
+__all__ = ["FusedGradients", "NormKind", "UnknownUse"]
+
+NormKind = Literal["exact", "projected"]
+UnknownUse = Literal["vmap", "refuse"]
+
+_log = logging.getLogger(__name__)
+
+
+@final
+class FusedGradients(PerSampleGradients):
+    """The fast way: taps on operations, parameters frozen, every layer projected as it is reached.
+
+    With a factorised projector (alone or followed by another), activations are sketched in the
+    forward pass and output gradients in the backward pass, and no gradient of a weight matrix is
+    ever formed. With any other projector, each layer's per-sample gradient is formed, projected and
+    dropped. Rows of a batch may be any mix of samples and timesteps.
+
+    The first batch checks two of its rows against ``torch.autograd``, parameter by parameter, so
+    that a use which the taps cannot see (inside compiled code, say) is never skipped in silence.
+
+    Args:
+        norms: ``exact``: of the whole gradient, even where none is formed (ghost norms: from Gram
+            matrices of activations and output gradients, or from the gradient where that is
+            cheaper). ``projected``: of the projected vector, which costs nothing and is off by a
+            factor of about 1 + sqrt(1 / (2 k)) to either side for a good projector.
+        unknown: Parameters that act through an operation without a rule: ``vmap`` computes them
+            exactly in a second pass (and says so once in the log), ``refuse`` raises.
+        check: Check the first batch.
+
+    Raises:
+        ConfigError: a refused parameter, rows that influence each other, or a module that
+            recomputes activations (gradient checkpointing).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        parameters: Mapping[str, nn.Parameter],
+        projector: Projector | None = None,
+        *,
+        norms: NormKind = "exact",
+        unknown: UnknownUse = "vmap",
+        check: bool = True,
+    ) -> None:
+        super().__init__(module, objective, parameters, projector)
+        recomputing = [
+            name
+            for name, child in module.named_modules()
+            if getattr(child, "gradient_checkpointing", False)
+        ]
+        if recomputing:
+            raise ConfigError(
+                f"'{recomputing[0] or type(module).__name__}' recomputes activations: switch gradient "
+                "checkpointing off (no activation of a weight gradient has to be kept here)"
+            )
+        if norms not in ("exact", "projected") or unknown not in ("vmap", "refuse"):
+            raise ConfigError(
+                f"norms must be exact or projected, unknown vmap or refuse; got {norms}, {unknown}"
+            )
+        self._norms, self._unknown, self._to_check = norms, unknown, check
+        self.slow_parameters: dict[str, str] = {}
+        """Parameters that go through ``vmap``, and why."""
+        self._copied: set[str] = set()  # parameters whose activations are overwritten in place
+        first = self.projector.first if isinstance(self.projector, ChainedProjection) else None
+        factorised = first if first is not None else self.projector
+        self._layers: dict[str, LayerSketch] = {}
+        if isinstance(factorised, FactorisedProjection):
+            self._layers = dict(zip(self.layout.names, factorised.layers, strict=True))
+
+    def _compute(self, inputs: tuple[Tensor, ...]) -> GradientBatch:
+        if self._to_check:
+            self._check(tuple(t[:2] if len(t) > 1 else torch.cat([t, t]) for t in inputs))
+            self._to_check = False
+        return self._run(inputs)
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> GradientBatch:
+        while True:
+            sums = self._sums(len(inputs[0]))
+            try:
+                values, extras = self._pass(inputs, sums)
+            except _ChangedInPlace as changed:
+                self._copied.add(str(changed))
+                continue
+            break
+        if self.slow_parameters:
+            slow = {name: self.parameters[name] for name in self.slow_parameters}
+            gradients, _, _ = vmap_gradients(self.module, self.objective, slow, inputs)
+            for name, gradient in gradients.items():
+                sums.add(name, gradient)
+        vectors, norms = sums.finish()
+        return GradientBatch(vectors, norms, values, extras)
+
+    def _sums(self, rows: int) -> "_Sums":
+        like = next(iter(self.parameters.values())).new_empty(0, dtype=self.dtype)
+        return _Sums(rows, self, like)
+
+    def _pass(
+        self, inputs: tuple[Tensor, ...], sums: "_Sums", weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        fast = {n: p for n, p in self.parameters.items() if n not in self.slow_parameters}
+        taps = Taps(fast, len(inputs[0]), sums.listen, sums.prepare)
+        with requiring_grad(self.module, {}):
+            with taps:
+                values, extras = self.objective(*inputs)
+            self._hand_over(taps.unsupported)
+            sums.begin(taps.uses, self.slow_parameters)
+            if taps.leaves and values.requires_grad:
+                total = (values if weights is None else values * weights).sum()
+                torch.autograd.grad(total, taps.leaves, allow_unused=True)
+            sums.flush()
+        return values.detach(), extras.detach()
+
+    def _hand_over(self, unsupported: Mapping[str, str]) -> None:
+        """Let ``vmap`` have parameters, or refuse them."""
+        fresh = {n: why for n, why in unsupported.items() if n not in self.slow_parameters}
+        if not fresh:
+            return
+        named = ", ".join(f"{name} ({why})" for name, why in fresh.items())
+        if self._unknown == "refuse":
+            raise ConfigError(f"no fused per-sample gradient for: {named}")
+        _log.warning("per-sample gradients by vmap, in a second pass, for: %s", named)
+        self.slow_parameters.update(fresh)
+
+    def _check(self, pair: tuple[Tensor, ...]) -> None:
+        """Compare the gradient of the first of two rows with autograd's, parameter by parameter."""
+        with requiring_grad(self.module, self.parameters):
+            values, _ = self.objective(*pair)
+            leaves = list(self.parameters.values())
+            wanted = torch.autograd.grad(values[0], leaves, materialize_grads=True)
+            half = values.dtype not in (torch.float32, torch.float64)
+        while True:
+            seen = _Blocks(2, self)
+            try:
+                self._pass(pair, seen, weights=values.new_tensor([1.0, 0.0]))
+            except _ChangedInPlace as changed:
+                self._copied.add(str(changed))
+                continue
+            break
+        tolerance = _CHECK_HALF if half or _is_autocast(self.objective) else _CHECK
+        # Relative to the largest block: what is nothing but rounding has no direction to compare.
+        floor = 0.01 * tolerance * max(float(w.norm()) for w in wanted)
+        bad = {}
+        for (name, parameter), gradient in zip(self.parameters.items(), wanted, strict=True):
+            if name in self.slow_parameters:
+                continue
+            block = seen.blocks.get(name)
+            found = parameter.new_zeros(2, parameter.numel()) if block is None else block.flatten(1)
+            size = float(gradient.norm())
+            if float(found[1].norm()) > tolerance * size + floor:
+                raise ConfigError(
+                    f"rows of a batch influence each other through '{name}': per-sample gradients "
+                    "are not defined for this module"
+                )
+            off = float((found[0] - gradient.flatten()).norm())
+            if not off <= tolerance * size + floor:
+                bad[name] = f"differs from autograd by {off / max(size, 1e-30):.1e}"
+        self._hand_over(bad)
+
+
+_CHECK = 1e-3
+_CHECK_HALF = 5e-2
+
+
+def _is_autocast(objective: Objective) -> bool:
+    return bool(getattr(objective, "is_half", False))
+
+
+class _ChangedInPlace(Exception):
+    """Names the parameter whose activation was overwritten before the backward pass."""
+
+
+class _Sums(RowSums):
+    """Adds up parts in the order in which the backward pass reaches them."""
+
+    def __init__(self, rows: int, engine: FusedGradients, like: Tensor) -> None:
+        self._layers, self._copied = engine._layers, engine._copied
+        self._exact_norms = not self._layers or engine._norms == "exact"
+        self._projected_norms = engine._norms == "projected"
+        super().__init__(rows, engine.projector, engine.layout, like)
+        self._sketched = self.vectors
+        if self._layers and isinstance(engine.projector, ChainedProjection):
+            self._sketched = like.new_zeros(rows, engine.projector.first.dim)
+        self._left: dict[str, int] = {}
+        self._several: dict[str, Tensor] = {}
+        self._dropped: Mapping[str, str] = {}
+
+    def prepare(self, part: Part) -> None:
+        """Called in the forward pass, for every part."""
+        if part.name in self._copied:
+            part.keep_copy()
+        if self._layers and not self._exact_norms and part.is_sketchable:
+            with torch.no_grad(), torch.autocast(self.vectors.device.type, enabled=False):
+                part.shrink(self._layers[part.name])
+
+    def begin(self, uses: Mapping[str, int], dropped: Mapping[str, str]) -> None:
+        """Called between the passes."""
+        self._left, self._dropped = dict(uses), dropped
+        self._single = {name for name, count in uses.items() if count == 1}
+
+    def listen(self, parts: list[Part], g: Tensor) -> None:
+        """Called in the backward pass, for every operation."""
+        for part in parts:
+            if part.name in self._dropped:
+                continue
+            if part.is_changed:
+                raise _ChangedInPlace(part.name)
+            self._left[part.name] -= 1
+            if part.name in self._single:
+                self._add_part(part, g)
+                continue
+            # Norms do not add up over several uses of one parameter, gradients and sketches do.
+            block = self._block(part, g)
+            sum_so_far = self._several.get(part.name)
+            self._several[part.name] = block if sum_so_far is None else sum_so_far + block
+            if not self._left[part.name]:
+                self._add_block(part.name, self._several.pop(part.name))
+
+    def flush(self) -> None:
+        """Called after the backward pass: uses without influence on the output were never heard."""
+        for name in list(self._several):
+            self._add_block(name, self._several.pop(name))
+
+    def _sketch(self, part: Part, g: Tensor) -> Tensor:
+        layer = self._layers[part.name]
+        return part.sketch(g, layer) if part.is_sketchable else Part.sketch(part, g, layer)
+
+    def _block(self, part: Part, g: Tensor) -> Tensor:
+        sketched = self._layers and not self._exact_norms
+        return self._sketch(part, g) if sketched else part.exact(g).reshape(self._rows, -1)
+
+    def _add_part(self, part: Part, g: Tensor) -> None:
+        if not self._layers:
+            self.add(part.name, part.exact(g))
+            return
+        if self._exact_norms:
+            self.squares += part.squared_norm(g)
+        self._add_sketch(part.name, self._sketch(part, g))
+
+    def _add_block(self, name: str, block: Tensor) -> None:
+        if self._layers and not self._exact_norms:
+            self._add_sketch(name, block)
+        else:
+            self.add(name, block)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add whole gradients of one parameter."""
+        if not self._layers:
+            super().add(name, gradient)
+            return
+        layer = self._layers[name]
+        block = gradient.reshape(self._rows, layer.rows, layer.columns).to(self.vectors.dtype)
+        self.squares += torch.linalg.vector_norm(block.flatten(1), dim=1).square()
+        self._add_sketch(name, layer.apply(block))
+
+    def _add_sketch(self, name: str, sketch: Tensor) -> None:
+        slot = self._layers[name].slot
+        flat = sketch.reshape(self._rows, -1)
+        self._sketched[:, slot : slot + flat.shape[1]] += flat
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(projected gradients, norms)."""
+        if self._sketched is not self.vectors:
+            assert isinstance(self._projector, ChainedProjection)
+            self._projector.second.accumulate(self.vectors, self._sketched)
+        if self._projected_norms:
+            return self.vectors, self.vectors.norm(dim=1)
+        return self.vectors, self.squares.sqrt()
+
+
+class _Blocks(_Sums):
+    """Keeps whole gradients by name, for the check."""
+
+    def __init__(self, rows: int, engine: FusedGradients) -> None:
+        super().__init__(rows, engine, next(iter(engine.parameters.values())).new_empty(0))
+        self._layers, self._exact_norms = {}, True
+        self.blocks: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Keep the gradients of one parameter."""
+        self.blocks[name] = gradient.reshape(self._rows, -1)

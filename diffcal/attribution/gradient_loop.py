@@ -1,0 +1,41 @@
+"""Per-sample gradients the obvious way: one backward pass for each row."""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from diffcal.attribution.gradients import (
+    GradientBatch,
+    PerSampleGradients,
+    RowSums,
+    requiring_grad,
+)
+
+__all__ = ["LoopGradients"]
+
+
+@final
+class LoopGradients(PerSampleGradients):
+    """The oracle: each row by itself through ``torch.autograd.grad``. Slow, and hard to get wrong."""
+
+    def _compute(self, inputs: tuple[Tensor, ...]) -> GradientBatch:
+        names, leaves = list(self.parameters), list(self.parameters.values())
+        gradients, values, extras = [], [], []
+        with requiring_grad(self.module, self.parameters):
+            for row in range(len(inputs[0])):
+                value, extra = self.objective(*(tensor[row : row + 1] for tensor in inputs))
+                gradients.append(
+                    torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
+                    if value.requires_grad
+                    else [torch.zeros_like(leaf) for leaf in leaves]
+                )
+                values.append(value.detach())
+                extras.append(extra.detach())
+        like = leaves[0].new_empty(0, dtype=self.dtype)
+        sums = RowSums(len(inputs[0]), self.projector, self.layout, like)
+        for index, name in enumerate(names):
+            sums.add(name, torch.stack([gradient[index] for gradient in gradients]))
+        return GradientBatch(
+            sums.vectors, sums.squares.sqrt(), torch.cat(values), torch.cat(extras)
+        )

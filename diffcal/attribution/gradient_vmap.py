@@ -1,0 +1,71 @@
+"""Per-sample gradients through ``torch.func``: one vectorised backward pass with all gradients."""
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffcal.attribution.gradients import GradientBatch, Objective, PerSampleGradients, RowSums
+
+__all__ = ["VmapGradients", "vmap_gradients"]
+
+
+@final
+class VmapGradients(PerSampleGradients):
+    """``vmap(grad)`` over rows, as TRAK and D-TRAK do; holds the whole gradients of a batch."""
+
+    def _compute(self, inputs: tuple[Tensor, ...]) -> GradientBatch:
+        gradients, values, extras = vmap_gradients(
+            self.module, self.objective, self.parameters, inputs
+        )
+        like = next(iter(gradients.values())).new_empty(0, dtype=self.dtype)
+        sums = RowSums(len(inputs[0]), self.projector, self.layout, like)
+        for name in self.parameters:
+            sums.add(name, gradients.pop(name))
+        return GradientBatch(sums.vectors, sums.squares.sqrt(), values, extras)
+
+
+def vmap_gradients(
+    module: nn.Module,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    inputs: tuple[Tensor, ...],
+) -> tuple[dict[str, Float[Tensor, "b *shape"]], Tensor, Tensor]:
+    """(gradients by name, values, extras) of every row; the other parameters are constants."""
+    runner = _Runner(module, objective)
+    leaves = {name: parameter.detach() for name, parameter in parameters.items()}
+
+    def one_row(chosen: dict[str, Tensor], *row: Tensor) -> tuple[Tensor, Any]:
+        named = {f"module.{name}": tensor for name, tensor in chosen.items()}
+        value, extra = torch.func.functional_call(runner, named, tuple(t[None] for t in row))
+        return value[0], (value[0], extra[0])
+
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        # The fused attention kernels have no batching rule: torch would loop over rows.
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients, (values, extras) = torch.func.vmap(
+                torch.func.grad(one_row, has_aux=True), in_dims=(None, *(0 for _ in inputs))
+            )(leaves, *inputs)
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
+    return gradients, values.detach(), extras.detach()
+
+
+class _Runner(nn.Module):
+    """Lets ``functional_call`` replace the module's parameters while the objective runs it."""
+
+    def __init__(self, module: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.training = module.training  # not train(): the module's own modes stay
+        self.module = module
+        self.objective = objective
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.objective(*inputs)

@@ -1,0 +1,142 @@
+"""Per-sample gradients behind one interface, whole or projected as they are made."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from diffcal.attribution.parameters import Layout
+from diffcal.attribution.projection import IdentityProjection, Projector
+from diffcal.core.tensors import require_finite
+from diffcal.errors import ConfigError
+
+__all__ = ["GradientBatch", "Objective", "PerSampleGradients", "RowSums", "requiring_grad"]
+
+Objective = Callable[..., tuple[Tensor, Tensor]]
+"""From tensors whose first axis is the rows to (one number for each row, anything else by row).
+
+It must run the module that it is given with, in evaluation mode, and must not mix rows.
+"""
+
+
+@dataclass(frozen=True)
+class GradientBatch:
+    """Gradients of the rows of one batch."""
+
+    vectors: Float[Tensor, "b k"]
+    """Projected gradients (whole ones where no projector was given), float32 or float64."""
+    norms: Float[Tensor, " b"]
+    """L2 norm of each whole gradient, or of its projection if the method was told so."""
+    values: Float[Tensor, " b"]
+    """The differentiated numbers."""
+    extras: Shaped[Tensor, "b ..."]
+    """What else the objective gave for each row."""
+
+
+class PerSampleGradients(ABC):
+    """Gradient of every row's own number with respect to chosen parameters.
+
+    A call with the tensors of one batch returns a :class:`GradientBatch`. The coordinates of a
+    gradient are the parameters in the given order, each flattened row by row (``layout``). The
+    module's parameters, their ``requires_grad`` and ``grad`` are left as they were.
+
+    Args:
+        module: The network that the objective runs.
+        objective: See :data:`Objective`.
+        parameters: What is differentiated, by the names of ``module.named_parameters()``.
+        projector: Made for ``layout``; None: whole gradients.
+
+    Raises:
+        ConfigError: no parameters, a name that the module does not have, or a projector for another
+            number of parameters.
+        NumericalError: a gradient with NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        parameters: Mapping[str, nn.Parameter],
+        projector: Projector | None = None,
+    ) -> None:
+        known = dict(module.named_parameters())
+        strangers = [name for name, p in parameters.items() if known.get(name) is not p]
+        if strangers or not parameters:
+            raise ConfigError(
+                f"'{strangers[0]}' is not a parameter of the module"
+                if strangers
+                else "no parameters to differentiate"
+            )
+        self.module, self.objective, self.parameters = module, objective, dict(parameters)
+        self.layout = Layout.of({name: tuple(p.shape) for name, p in parameters.items()})
+        self.projector = projector or IdentityProjection(self.layout.size)
+        if self.projector.num_params != self.layout.size:
+            raise ConfigError(
+                f"the projector is made for {self.projector.num_params} parameters, but "
+                f"{self.layout.size} are differentiated"
+            )
+        wide = any(p.dtype == torch.float64 for p in parameters.values())
+        self.dtype = torch.float64 if wide else torch.float32
+
+    def __call__(self, *inputs: Tensor) -> GradientBatch:
+        """Gradients of a batch; every input has the rows as its first axis."""
+        rows = {len(tensor) for tensor in inputs}
+        if len(rows) != 1:
+            raise ConfigError(f"inputs have different numbers of rows: {sorted(rows)}")
+        coupled = _batch_coupled(self.module)
+        if coupled:
+            raise ConfigError(
+                f"'{coupled}' uses statistics of the batch, so rows have no gradients of their own: "
+                "put the module into evaluation mode"
+            )
+        batch = self._compute(inputs)
+        require_finite(batch.vectors, "per-sample gradients")
+        return batch
+
+    @abstractmethod
+    def _compute(self, inputs: tuple[Tensor, ...]) -> GradientBatch: ...
+
+
+class RowSums:
+    """Projection and squared norm of each row, added up block by block."""
+
+    def __init__(self, rows: int, projector: Projector, layout: Layout, like: Tensor) -> None:
+        self._projector, self._rows = projector, rows
+        self._offsets = {name: offset for name, _, offset in layout}
+        self.vectors = like.new_zeros(rows, projector.dim)
+        self.squares = like.new_zeros(rows)
+
+    def add(self, name: str, gradient: Float[Tensor, "b *shape"]) -> None:
+        """Add the gradients of one parameter."""
+        block = gradient.reshape(self._rows, -1).to(self.vectors.dtype)
+        # A dot product with itself reads the block once and writes nothing.
+        self.squares += torch.linalg.vector_norm(block, dim=1).square()
+        self._projector.accumulate(self.vectors, block, self._offsets[name])
+
+
+@contextmanager
+def requiring_grad(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Inside, exactly these parameters of the module require gradients; ``grad`` is not touched."""
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    chosen = {id(p) for p in parameters.values()}
+    try:
+        for p, _ in before:
+            p.requires_grad_(id(p) in chosen)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
+
+
+def _batch_coupled(module: nn.Module) -> str | None:
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and (
+            child.training or child.running_mean is None
+        ):
+            return name or type(child).__name__
+    return None
