@@ -1,6 +1,5 @@
 """``diffcal train-classifier``: real images and a soft-labelled mixed set in, a classifier out."""
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from diffcal.calibration.training_loop import fit_classifier
 from diffcal.config import config_to_dict
 from diffcal.core.rng import item_generator
 from diffcal.core.runs import claim_folder, fingerprint, sha256_file
-from diffcal.data.images import decode_image
+from diffcal.data.soft_labels import SoftLabelSet
 from diffcal.data.sources import open_images
 from diffcal.errors import ConfigError, DataError
 
@@ -112,50 +111,32 @@ def read_mixed(source: MixedSource, class_names: tuple[str, ...]) -> MixedImages
     Raises:
         DataError: no data set there, other classes, missing columns, images of several sizes.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    num_classes = len(class_names)
-    images, targets, groups, support = [], [], [], []
-    for path in _mixed_files(source):
-        names = ["image", "soft_label", "group", "classes", "weights"]
-        try:
-            schema = pq.read_schema(path)
-            table = pq.read_table(path, columns=names)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"'{path}' cannot be read as a mixed data set: {error}") from error
-        missing = [name for name in names if name not in table.column_names]
-        if missing:
-            raise DataError(f"'{path}' lacks the columns {', '.join(missing)}")
-        _check_classes(path, schema.metadata or {}, class_names)
-        for row in table.to_pylist():
-            weights = torch.zeros(num_classes)
-            try:
-                weights[torch.tensor(row["classes"])] = torch.tensor(row["weights"]).float()
-            except (IndexError, RuntimeError) as error:
-                raise DataError(f"'{path}': classes and weights do not fit: {error}") from error
-            if source.members == "pure" and float(weights.max()) < PURE:
-                continue
-            images.append(decode_image(row["image"]["bytes"], f"'{path}'"))
-            support.append(torch.zeros(num_classes, dtype=torch.bool))
-            support[-1][row["classes"]] = True
-            groups.append(row["group"])
-            if source.labels == "soft_label":
-                targets.append(torch.tensor(row["soft_label"], dtype=torch.float32))
-            elif source.labels == "weights":
-                targets.append(weights)
-            else:
-                targets.append(torch.eye(num_classes)[weights.argmax()])
-    if not images:
+    published = _published(source, class_names)
+    if not published.named:
+        logger.warning(
+            "'%s' does not name its classes; they are taken to be the real ones", source.folder
+        )
+    weights, support = published.mixing_weights()
+    if source.labels == "soft_label":
+        targets = published.soft_labels()
+    elif source.labels == "weights":
+        targets = weights
+    else:
+        targets = torch.eye(len(class_names))[weights.argmax(dim=1)]
+    rows = torch.arange(len(published))
+    if source.members == "pure":
+        rows = (weights.max(dim=1).values >= PURE).nonzero()[:, 0]
+    if not len(rows):
         raise DataError(f"'{source.folder}' has no {source.members} images")
+    images = [published.image(row) for row in rows.tolist()]
     sizes = {image.shape for image in images}
     if len(sizes) > 1:
         raise DataError(f"'{source.folder}' has images of several sizes: {sorted(sizes)}")
     return MixedImages(
         images=torch.from_numpy(np.stack(images)),
-        targets=torch.stack(targets),
-        groups=torch.tensor(groups, dtype=torch.int64),
-        support=torch.stack(support),
+        targets=targets[rows],
+        groups=published.groups()[rows],
+        support=support[rows],
     )
 
 
@@ -179,7 +160,8 @@ def _load(config: TrainClassifierConfig) -> tuple[TrainingData, dict[str, str | 
             )
     if config.mixed.folder is not None:
         mixed = read_mixed(config.mixed, class_names)
-        inputs["mixed"] = fingerprint([sha256_file(path) for path in _mixed_files(config.mixed)])
+        files = _published(config.mixed, class_names).files
+        inputs["mixed"] = fingerprint([sha256_file(path) for path in files])
     return TrainingData(train, class_names, mixed, validation, test), inputs
 
 
@@ -199,26 +181,6 @@ def _read_source(
     return LabelledImages(images, labels), tuple(source.class_names), source.fingerprint
 
 
-def _mixed_files(source: MixedSource) -> list[Path]:
-    folder = Path(source.folder or "")
-    files = sorted((folder / "data").glob("*.parquet"))
-    if not files:
-        raise DataError(
-            f"'{folder}' holds no published mixed data set (no data/*.parquet); give the 'dataset' "
-            "folder of a finished mixing run"
-        )
-    return files
-
-
-def _check_classes(path: Path, metadata: dict[bytes, bytes], class_names: tuple[str, ...]) -> None:
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        found = tuple(features["label"]["names"])
-    except (KeyError, TypeError, ValueError):
-        logger.warning("'%s' does not name its classes; they are taken to be the real ones", path)
-        return
-    if found != class_names:
-        raise DataError(
-            f"the mixed set '{path}' has the classes {', '.join(found[:5])} ..., the real images "
-            f"{', '.join(class_names[:5])} ..."
-        )
+def _published(source: MixedSource, class_names: tuple[str, ...]) -> SoftLabelSet:
+    assert source.folder is not None
+    return SoftLabelSet(source.folder, class_names)
