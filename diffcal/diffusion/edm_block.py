@@ -45,7 +45,7 @@ class UNetBlock(nn.Module):
         dropout: float = 0.0,
         skip_scale: float = 1.0,
         eps: float = 1e-5,
-        resample_filter: Sequence[float] = (1, 1),
+        resample_filter: Sequence[int | float] = (1, 1),
         resample_proj: bool = False,
         adaptive_scale: bool = True,
         init: Initialisation | None = None,

@@ -8,6 +8,7 @@ Source: Karras et al. 2022 (arXiv:2206.00364), appendix F and table 7; Dhariwal 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class DhariwalUNet(nn.Module):
             Linear(label_dim, emb_channels, bias=False, init=label_init) if label_dim else None
         )
 
-        def block(cin: int, cout: int, **options: bool) -> UNetBlock:
+        def block(cin: int, cout: int, **options: Any) -> UNetBlock:
             return UNetBlock(
                 cin, cout, emb_channels, dropout=dropout, init=init, init_zero=init_zero, **options
             )

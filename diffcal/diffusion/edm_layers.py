@@ -106,7 +106,7 @@ class GroupNorm(nn.Module):
         )
 
 
-def resampling_filter(taps: Sequence[float]) -> Float[Tensor, "1 1 l l"]:
+def resampling_filter(taps: Sequence[int | float]) -> Float[Tensor, "1 1 l l"]:
     """Separable 2-D filter that sums to 1, from its 1-D ``taps``, in float32."""
     row = torch.tensor(list(taps), dtype=torch.float32)
     return (row.outer(row) / row.sum().square())[None, None]
@@ -132,7 +132,7 @@ class Conv2d(nn.Module):
         bias: bool = True,
         up: bool = False,
         down: bool = False,
-        resample_filter: Sequence[float] = (1, 1),
+        resample_filter: Sequence[int | float] = (1, 1),
         fused_resample: bool = False,
         init: Initialisation = _DEFAULT,
     ) -> None:
@@ -151,6 +151,7 @@ class Conv2d(nn.Module):
             self.weight = init.draw(shape, *fans, init.weight_gain)
             self.bias = init.draw([out_channels], *fans, init.bias_gain) if bias else None
         taps = list(resample_filter)
+        self.resample_filter: Tensor | None
         self.register_buffer("resample_filter", resampling_filter(taps) if up or down else None)
         # Decided from the constructor's taps so that the forward pass never looks at data.
         self._is_box = taps in ([1, 1], [1.0, 1.0])
@@ -187,6 +188,7 @@ class Conv2d(nn.Module):
         if self._is_box:
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
         channels = x.shape[1]
+        assert self.resample_filter is not None
         kernel = (4 * self.resample_filter).to(x.dtype).repeat(channels, 1, 1, 1)
         return F.conv_transpose2d(x, kernel, stride=2, padding=padding, groups=channels)
 
@@ -194,6 +196,7 @@ class Conv2d(nn.Module):
         if self._is_box:
             return F.avg_pool2d(x, 2)
         channels = x.shape[1]
+        assert self.resample_filter is not None
         kernel = self.resample_filter.to(x.dtype).repeat(channels, 1, 1, 1)
         return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
 
@@ -220,7 +223,9 @@ class PositionalEmbedding(nn.Module):
 class FourierEmbedding(nn.Module):
     """``[cos(x g), sin(x g)]`` of scalars ``x`` with fixed random ``g ~ 2 pi Normal(0, scale^2)``."""
 
-    def __init__(self, num_channels: int, scale: float = 16) -> None:
+    freqs: Tensor
+
+    def __init__(self, num_channels: int, scale: float = 16.0) -> None:
         super().__init__()
         self.register_buffer("freqs", torch.randn(num_channels // 2) * scale)
 

@@ -88,9 +88,8 @@ def build_network(config: Mapping[str, Any]) -> Preconditioner:
         )
     name = config["preconditioner"]
     kwargs = checked_kwargs(name, config.get("kwargs", {}))
-    network = PRECONDITIONERS[name](
-        **{key: math.inf if value == "inf" else value for key, value in kwargs.items()}
-    )
+    arguments: dict[str, Any] = {k: math.inf if v == "inf" else v for k, v in kwargs.items()}
+    network = PRECONDITIONERS[name](**arguments)
     network.config = {"preconditioner": name, "kwargs": kwargs}
     return network
 

@@ -1,6 +1,7 @@
 """EDM snapshot pickles into checkpoint folders, without running anything in them."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from diffcal.errors import CheckpointError
 __all__ = ["import_edm_pickle"]
 
 _FILTER_TOLERANCE = 1e-6
+_MAX_ELEMENTS = 1 << 30  # 4 GiB of float32; tensors that share one storage could ask for far more
 
 
 def import_edm_pickle(
@@ -59,6 +61,9 @@ def import_edm_pickle(
     _compare_classes(snapshot, network)
     shapes = {name: stored.shape for name, stored in snapshot.tensors.items()}
     compare_layout(shapes, network, f"'{path.name}'")
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    if elements > _MAX_ELEMENTS:
+        raise CheckpointError(f"'{path.name}' has {elements} numbers, more than {_MAX_ELEMENTS}")
     tensors = {name: _checked(name, stored.tensor()) for name, stored in snapshot.tensors.items()}
     _check_buffers(tensors, network)
     config = network.config

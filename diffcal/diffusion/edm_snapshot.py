@@ -21,6 +21,7 @@ __all__ = ["Snapshot", "read_snapshot"]
 _MAX_BYTES = 4 << 30
 _MAX_DEPTH = 100
 _MAX_MODULES = 20_000
+_MAX_ENTRIES = 500_000  # parts of all modules, absent ones included; the largest net has 1 500
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_TORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 
@@ -102,6 +103,7 @@ class _Collection:
 
     classes: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    entries: int = 0
 
     def add(self, record: Any, name: str, depth: int) -> None:
         if not isinstance(record, Record) or not isinstance(record.state, dict):
@@ -120,11 +122,14 @@ class _Collection:
         for key, value in self._entries(record.state, "_modules", name):
             self.add(value, _join(name, key), depth + 1)
 
-    @staticmethod
-    def _entries(state: dict[Any, Any], group: str, name: str) -> list[tuple[str, Any]]:
+    def _entries(self, state: dict[Any, Any], group: str, name: str) -> list[tuple[str, Any]]:
         entries = state.get(group, {})
         if not isinstance(entries, dict):
             raise CheckpointError(f"module '{name}': {group} is not a dict")
+        # One dict referred to by many modules would otherwise unfold without end.
+        self.entries += len(entries)
+        if self.entries > _MAX_ENTRIES:
+            raise CheckpointError(f"the network's modules have over {_MAX_ENTRIES} parts")
         for key in entries:
             if not is_key(key):
                 raise CheckpointError(f"module '{name}' has a part with the name {str(key)[:60]!r}")

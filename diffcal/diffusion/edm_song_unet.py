@@ -8,7 +8,7 @@ Source: Karras et al. 2022 (arXiv:2206.00364), appendix F and table 7; Song et a
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ class SongUNet(nn.Module):
         channel_mult_noise: int = 1,
         encoder_type: Literal["standard", "skip", "residual"] = "standard",
         decoder_type: Literal["standard", "skip"] = "standard",
-        resample_filter: Sequence[float] = (1, 1),
+        resample_filter: Sequence[int | float] = (1, 1),
     ) -> None:
         super().__init__()
         self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
@@ -81,7 +81,7 @@ class SongUNet(nn.Module):
         self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
 
-        def block(cin: int, cout: int, **options: bool) -> UNetBlock:
+        def block(cin: int, cout: int, **options: Any) -> UNetBlock:
             return UNetBlock(
                 cin,
                 cout,

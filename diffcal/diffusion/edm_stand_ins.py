@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffcal.diffusion.edm_storages import StoredTensor, parse_storage, rebuild_tensor
-from diffcal.diffusion.pickle_machine import Buildable, StandIn
+from diffcal.diffusion.pickle_machine import Buildable, StandIn, is_cheap_key
 from diffcal.errors import CheckpointError
 
 __all__ = ["SNAPSHOT_NAMES", "Record", "is_key"]
@@ -72,7 +72,7 @@ def _persistent_object(arguments: tuple[Any, ...]) -> Record:
             f"; version {_PERSISTENCE_VERSION} can be read"
         )
     name, state = meta.get("class_name"), meta.get("state")
-    if not is_key(name):
+    if not isinstance(name, str) or not is_key(name):
         raise CheckpointError("a persistent object has no proper class name")
     if not isinstance(state, dict):
         raise CheckpointError(f"persistent object '{name}' has no state")
@@ -108,9 +108,7 @@ def _dictionary(arguments: tuple[Any, ...]) -> dict[Any, Any]:
 
 def _set(arguments: tuple[Any, ...]) -> set[Any]:
     items = _arguments(arguments, 0, 1, "set")
-    if items and (
-        not isinstance(items[0], list) or not all(isinstance(x, str | int) for x in items[0])
-    ):
+    if items and (not isinstance(items[0], list) or not all(map(is_cheap_key, items[0]))):
         raise CheckpointError("a set is made of something else than a list of names or numbers")
     return set(items[0]) if items else set()
 
@@ -134,7 +132,10 @@ def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _device(arguments: tuple[Any, ...]) -> str:
-    return str(_arguments(arguments, 1, 2, "torch.device")[0])[:20]
+    kind = _arguments(arguments, 1, 2, "torch.device")[0]
+    if not isinstance(kind, str):
+        raise CheckpointError("a torch.device is named by something else than text")
+    return kind
 
 
 def _numpy_type(arguments: tuple[Any, ...]) -> _NumpyType:

@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,8 @@ class StoredTensor:
 
     def tensor(self) -> Tensor:
         """A contiguous copy in memory of its own, of no more than the elements it needs."""
+        if 0 in self.shape:
+            return torch.empty(self.shape, dtype=self.storage.dtype)
         width = self.storage.dtype.itemsize
         data = self.storage.data[self.offset * width : self.end * width]
         # As bytes, since numpy has no bfloat16.
@@ -82,7 +85,9 @@ def parse_storage(data: memoryview) -> Storage:
     """
     references: list[Any] = []
     plain = PickleMachine(data, {}, what=_WHAT)
-    typed = PickleMachine(data, _STORAGE_TYPES, persistent=_remember(references), what=_WHAT)
+    typed = PickleMachine(
+        data, _STORAGE_TYPES, persistent=partial(_reference, references), what=_WHAT
+    )
     magic, at = plain.load(0)
     if magic != _MAGIC:
         raise CheckpointError(f"{_WHAT} does not have torch's magic number")
@@ -133,27 +138,25 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> Stored
     return view
 
 
-def _remember(references: list[Any]) -> Any:
-    def reference(value: Any) -> tuple[torch.dtype, int, str, int]:
-        # ("storage", type, key, location, count, view); location and key mean nothing here.
-        if (
-            not isinstance(value, tuple)
-            or len(value) != 6
-            or not isinstance(value[0], str)
-            or value[0] != "storage"
-            or not isinstance(value[1], StandIn)
-            or value[1].name not in _ELEMENTS
-            or not isinstance(value[2], str)
-            or not isinstance(value[3], str)
-            or not _is_count(value[4])
-            or value[5] is not None
-        ):
-            raise CheckpointError(f"{_WHAT} has a reference of unknown form")
-        result = (*_ELEMENTS[value[1].name], value[2], value[4])
-        references.append(result)
-        return result
-
-    return reference
+def _reference(references: list[Any], value: Any) -> tuple[torch.dtype, int, str, int]:
+    """Element type, width, key and count of a persistent id, also appended to ``references``."""
+    # ("storage", type, key, location, count, view); location and key mean nothing here.
+    if (
+        not isinstance(value, tuple)
+        or len(value) != 6
+        or not isinstance(value[0], str)
+        or value[0] != "storage"
+        or not isinstance(value[1], StandIn)
+        or value[1].name not in _ELEMENTS
+        or not isinstance(value[2], str)
+        or not isinstance(value[3], str)
+        or not _is_count(value[4])
+        or value[5] is not None
+    ):
+        raise CheckpointError(f"{_WHAT} has a reference of unknown form")
+    result = (*_ELEMENTS[value[1].name], value[2], value[4])
+    references.append(result)
+    return result
 
 
 def _is_count(value: Any) -> bool:

@@ -17,13 +17,14 @@ from typing import Any
 
 from diffcal.errors import CheckpointError, UnsafeCheckpointError
 
-__all__ = ["Buildable", "PickleMachine", "StandIn"]
+__all__ = ["Buildable", "PickleMachine", "StandIn", "is_cheap_key"]
 
 _MAX_DEPTH = 100  # open marks; real snapshots nest about 25 deep
 _MAX_OPCODES = 5_000_000  # bounds memory; the largest published snapshot has about 60 000
 _MAX_INT_BYTES = 16
+_MAX_KEY = 2**31  # larger whole numbers can be chosen to collide in Python's hash tables
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,200}")
-_OPCODE_NAMES = {ord(code): opcode.name for code, opcode in pickletools.code2op.items()}
+_OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class PickleMachine:
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        self._unfolded = 0
 
     def load(self, start: int = 0) -> tuple[Any, int]:
         """Value of the pickle that begins at ``start``, and the position after its end.
@@ -84,6 +86,7 @@ class PickleMachine:
             CheckpointError: truncated or damaged.
         """
         self._at, self._stack, self._outer, self._memo = start, [], [], {}
+        self._unfolded = 0
         try:
             if self._byte() != 0x80:
                 raise CheckpointError(f"{self._what} does not begin with a pickle protocol number")
@@ -184,8 +187,7 @@ class PickleMachine:
                 f"{self._what} is damaged: items set on something else than a dict"
             )
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Other keys could have a hash that costs without bound (nested tuples).
-            if not isinstance(key, str | int):
+            if not is_cheap_key(key):
                 raise CheckpointError(f"{self._what} has a dict key that is no name or number")
             target[key] = value
 
@@ -197,7 +199,7 @@ class PickleMachine:
 
     def _add_items(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        if not isinstance(target, set) or not all(isinstance(item, str | int) for item in items):
+        if not isinstance(target, set) or not all(map(is_cheap_key, items)):
             raise CheckpointError(f"{self._what} has a set of something else than names or numbers")
         target.update(items)
 
@@ -227,6 +229,13 @@ class PickleMachine:
             raise UnsafeCheckpointError(f"{self._what} calls '{shown}', which is not accepted")
         if not isinstance(arguments, tuple):
             raise CheckpointError(f"{self._what} is damaged: call without a tuple of arguments")
+        # Written once, every argument costs its own bytes. References to one long value in many
+        # calls would let a small file ask for work and memory without end.
+        self._unfolded += sum(len(a) for a in arguments if isinstance(a, str | memoryview | list))
+        if self._unfolded > 2 * len(self._data):
+            raise CheckpointError(
+                f"{self._what} repeats its values in calls until they are more than twice its size"
+            )
         self._push(function.call(arguments))
 
     def _new(self) -> None:
@@ -298,6 +307,11 @@ _ACTIONS: dict[int, Callable[[PickleMachine], None]] = {
     ord("b"): PickleMachine._build,
     ord("Q"): PickleMachine._persistent_id,
 }
+
+
+def is_cheap_key(key: Any) -> bool:
+    """Names and moderate numbers; hashes of others, such as nested tuples, cost without bound."""
+    return isinstance(key, str) or (isinstance(key, int) and abs(key) < _MAX_KEY)
 
 
 def _bounded_size(size: int) -> int:
