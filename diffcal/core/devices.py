@@ -1,12 +1,21 @@
 """Devices and number formats by name."""
 
+from itertools import chain
+
 import torch
+from torch import nn
 
 from diffcal.errors import ConfigError
 
-__all__ = ["resolve_device", "resolve_dtype"]
+__all__ = ["module_device", "resolve_device", "resolve_dtype"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Where the parameters of ``module`` are, or its buffers if it has none; CPU if it has neither."""
+    first = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def resolve_device(name: str = "auto") -> torch.device:

@@ -74,10 +74,17 @@ class Annotator(ABC):
         Raises:
             DataError: features of another length, classes out of range, not a pair where one is needed.
         """
-        if len(classes) and int(classes.max()) >= self.num_classes:
-            raise DataError(f"class {int(classes.max())} of {self.num_classes} was mixed")
+        if len(classes) == 0:
+            return torch.zeros(0, self.num_classes)
+        for extreme in (int(classes.min()), int(classes.max())):
+            if not -1 <= extreme < self.num_classes:
+                raise DataError(f"class {extreme} of {self.num_classes} was mixed")
         labels = self._annotate(features, classes, weights)
-        return (labels / labels.sum(dim=1, keepdim=True)).float()
+        total = labels.sum(dim=1, keepdim=True)
+        if not bool((total > 0).all()):  # also NaN
+            row = int((~(total > 0)).nonzero()[0, 0])
+            raise DataError(f"image {row} gets no label: its features or weights are not usable")
+        return (labels / total).float()
 
     @abstractmethod
     def _fit(self, train: FeatureBatches, held_out: FeatureBatches, num_classes: int) -> None: ...

@@ -8,6 +8,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffcal.core.devices import module_device
 from diffcal.core.rng import item_normal
 from diffcal.core.runs import fingerprint
 from diffcal.core.tensors import append_dims, require_finite
@@ -60,6 +61,8 @@ class DenoiserFeatures:
         if draws < 1 or depth < 1:
             raise ConfigError("draws and depth must be at least 1")
         names = tuple(modules or denoiser.feature_modules[:depth])
+        if not names:
+            raise ConfigError("the denoiser names no layers to read features from; give modules")
         for name in names:
             try:
                 denoiser.module.get_submodule(name)
@@ -67,7 +70,8 @@ class DenoiserFeatures:
                 known = ", ".join(denoiser.feature_modules)
                 raise ConfigError(f"the network has no layer '{name}'; try: {known}") from None
         self.denoiser, self.sigmas, self.modules = denoiser, tuple(sigmas), names
-        self.draws, self.pool, self.seed = draws, pool, seed
+        self.draws, self.seed = draws, seed
+        self.pool: Pooling = pool
         self.name = "denoiser"
         self._dim: int | None = None
 
@@ -102,7 +106,7 @@ class DenoiserFeatures:
             DataError: images of another size than the denoiser's.
             NumericalError: NaN or infinity from the network.
         """
-        device = next(self.denoiser.module.parameters()).device
+        device = module_device(self.denoiser.module)
         x = self.denoiser.encode(images.to(device))
         condition = uniform_condition(self.denoiser, len(x))
         levels = []
@@ -146,7 +150,7 @@ class DenoiserFeatures:
     def _image_shape(self) -> tuple[int, int, int]:
         """(c, h, w) of the images; latent models decode to find out."""
         shape = self.denoiser.sample_shape
-        blank = torch.zeros(1, *shape, device=next(self.denoiser.module.parameters()).device)
+        blank = torch.zeros(1, *shape, device=module_device(self.denoiser.module))
         _, height, width, channels = self.denoiser.decode(blank).shape
         return channels, height, width
 

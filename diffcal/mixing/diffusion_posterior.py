@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffcal.core.devices import module_device
 from diffcal.core.rng import item_normal
 from diffcal.core.runs import fingerprint
 from diffcal.core.tensors import append_dims, require_finite
@@ -79,7 +80,7 @@ class DenoisingErrors:
             DataError: images of another size than the denoiser's.
             NumericalError: NaN or infinity from the network.
         """
-        device = next(self.denoiser.module.parameters()).device
+        device = module_device(self.denoiser.module)
         x = self.denoiser.encode(images.to(device))
         errors = [
             self._class_errors(x, level, sigma, device) for level, sigma in enumerate(self.sigmas)

@@ -1,6 +1,5 @@
 """Annotators that stay within the mixed classes: ratio, projection on the line of a pair, simplex."""
 
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from diffcal.errors import ConfigError, DataError
 from diffcal.mixing.annotator_base import Annotator, pairs_of, support_mask, target_matrix
-from diffcal.mixing.logistic import fit_logistic, fit_logistic_slope
+from diffcal.mixing.logistic import fit_logistic_slope, fit_logistics
 from diffcal.mixing.posterior import KClassPosterior, whitening
 from diffcal.mixing.projection import pair_labels, pair_projection, simplex_weights_of_classes
 from diffcal.mixing.prototypes import ClassStatistics, FeatureBatches, class_statistics
@@ -25,7 +24,7 @@ __all__ = [
 
 WHITENING_SHRINKAGE = 0.1
 POINTS = 1_000_000
-"""At most this many (image, pair) points enter an isotonic fit."""
+"""At most this many (image, pair) points enter an isotonic fit, or one batch of logistic ones."""
 
 
 @dataclass(kw_only=True)
@@ -90,7 +89,8 @@ class ProjectionSlope(_Projection):
     ``isotropic``: ``s = ‖δ‖² / τ²`` with the pooled variance τ², the exact posterior of spherical
     Gaussian classes. ``direction``: the variance along δ instead of the mean one. ``logistic``: slope
     and offset fitted on held-out images of the two classes, drawn towards one multiple of
-    ``direction`` for all pairs.
+    ``direction`` for all pairs, and that multiple towards 1. Real images are nearly all pure, so any
+    slope is carried over from the ends to the middle; people's shares as held-out targets mend that.
     """
 
     name: ClassVar[str] = "projection_slope"
@@ -122,23 +122,33 @@ class ProjectionSlope(_Projection):
         self, slopes: Tensor, held_out: FeatureBatches, num_classes: int
     ) -> tuple[Tensor, Tensor]:
         squared, targets = _distances(held_out, self.state["prototypes"], num_classes)
-        gaps = torch.cdist(self.state["prototypes"], self.state["prototypes"]).square()
-        pairs = list(itertools.combinations(range(num_classes), 2))
-        points = {}
-        for i, j in pairs:
-            weight = targets[:, i] + targets[:, j]
-            rows = weight > 0
-            odds = slopes[i, j] * (squared[rows, j] - squared[rows, i]) / (2 * gaps[i, j])
-            points[i, j] = odds, targets[rows, i] / weight[rows], weight[rows]
+        unit = slopes / (2 * _gaps(self.state["prototypes"]))
+        pairs = torch.combinations(torch.arange(num_classes))
+        # Σ t_i log p + t_j log(1 - p) over images: those of class i count for it, those of j against.
+        rows, present = _rows_of_classes(targets > 0)
+
+        def points(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            i, j = chosen[:, :1], chosen[:, 1:]
+            images = torch.cat([rows[chosen[:, 0]], rows[chosen[:, 1]]], dim=1)
+            odds = unit[i, j] * (squared[images, j] - squared[images, i])
+            half = rows.shape[1]
+            weight = torch.cat([targets[images[:, :half], i], targets[images[:, half:], j]], dim=1)
+            weight *= torch.cat([present[chosen[:, 0]], present[chosen[:, 1]]], dim=1)
+            first = (torch.arange(2 * half) < half).double().expand_as(odds)
+            return odds, first, weight
+
+        width = 2 * rows.shape[1]
+        stride = -(-len(pairs) * width // POINTS)
         common = fit_logistic_slope(
-            *(torch.cat([points[pair][index] for pair in pairs]) for index in range(3))
+            *(part.reshape(-1) for part in points(pairs[::stride])), strength=self.strength
         )
         self.report["common_slope"] = common
         fitted, offsets = slopes * common, torch.zeros_like(slopes)
-        for i, j in pairs:
-            slope, offset = fit_logistic(*points[i, j], slope=common, strength=self.strength)
+        for chosen in pairs.split(max(POINTS // width, 1)):
+            slope, offset = fit_logistics(*points(chosen), slope=common, strength=self.strength)
+            i, j = chosen.T
             # A negative slope would say that images nearer to a class belong to it less.
-            fitted[i, j] = fitted[j, i] = slopes[i, j] * max(slope, 0.0)
+            fitted[i, j] = fitted[j, i] = slopes[i, j] * slope.clamp(min=0)
             offsets[i, j], offsets[j, i] = offset, -offset
         return fitted, offsets
 
@@ -174,14 +184,15 @@ class ProjectionIsotonic(_Projection):
             targets = torch.cat(
                 [reference.logits(features).softmax(dim=1) for features, _ in held_out]
             )
-        gaps = torch.cdist(statistics.means, statistics.means).square()
+        gaps = _gaps(statistics.means)
         top = targets.argmax(dim=1, keepdim=True)
         other = torch.arange(num_classes).expand(len(top), -1)
         weight = targets.gather(1, top) + targets
         ratio = 0.5 + (squared - squared.gather(1, top)) / (2 * gaps[top, other])
         share = targets.gather(1, top) / weight
         keep = other != top
-        points = [values[keep][:POINTS].numpy() for values in (ratio, share, weight)]
+        stride = -(-int(keep.sum()) // POINTS)
+        points = [values[keep][::stride].numpy() for values in (ratio, share, weight)]
         self.state["knots"], self.state["shares"] = _isotonic(*points)
 
     def _annotate(self, features: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
@@ -233,7 +244,7 @@ class KClassProjection(Annotator):
 def _gaussian_slopes(statistics: ClassStatistics, *, isotropic: bool) -> Tensor:
     """Log-odds per unit of λ̂ of every pair, if classes are Gaussian; 0 on the diagonal."""
     means = statistics.means
-    squared = torch.cdist(means, means).square()
+    squared = _gaps(means).fill_diagonal_(0)
     if isotropic:
         return squared / max(statistics.variance, 1e-300)
     inner = means @ statistics.covariance @ means.T
@@ -242,13 +253,38 @@ def _gaussian_slopes(statistics: ClassStatistics, *, isotropic: bool) -> Tensor:
     return squared.square() / along
 
 
+def _gaps(prototypes: Tensor) -> Tensor:
+    """Squared distances between all prototypes; 1 on the diagonal, which nobody divides by in earnest.
+
+    Raises:
+        DataError: two classes share a prototype.
+    """
+    gaps = torch.cdist(prototypes, prototypes, compute_mode="donot_use_mm_for_euclid_dist").square()
+    gaps.fill_diagonal_(1)
+    if bool((gaps == 0).any()):
+        first, second = (gaps == 0).nonzero()[0].tolist()
+        raise DataError(
+            f"classes {first} and {second} have the same prototype, so nothing lies between them"
+        )
+    return gaps
+
+
+def _rows_of_classes(member: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices ``[k, m]`` of the rows of each class, and which of them are no padding."""
+    counts = member.sum(dim=0)
+    order = member.T.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    width = max(int(counts.max()), 1)
+    return order[:, :width], torch.arange(width) < counts[:, None]
+
+
 def _distances(
     held_out: FeatureBatches, prototypes: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
     """Squared distances of held-out images to all prototypes, and their targets ``[n, k]``."""
     squared, targets = [], []
     for features, labels in held_out:
-        squared.append(torch.cdist(features.double(), prototypes).square())
+        mode = "donot_use_mm_for_euclid_dist"  # the other one cancels where features lie far away
+        squared.append(torch.cdist(features.double(), prototypes, compute_mode=mode).square())
         targets.append(target_matrix(labels, num_classes))
     if not squared:
         raise DataError("no held-out images: slopes must be set on unseen images")

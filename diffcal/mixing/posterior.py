@@ -1,5 +1,6 @@
 """Class posterior of features over all classes, calibrated on held-out images."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,6 +18,8 @@ SHRINKAGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0)
 PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 WHITENING_SHRINKAGE = 0.02
 """Of the space in which the logistic weights are found; it sets what the penalty means."""
+CACHED_NUMBERS = 2**26
+"""Training features of up to this many numbers are kept in memory between passes (256 MiB)."""
 LEAST_VARIANCE = 1e-12
 """Relative to the mean variance: features that never change get this one."""
 
@@ -27,7 +30,8 @@ class KClassPosterior(Annotator):
 
     ``lda``: Gaussian classes with one covariance, shrunk towards its diagonal. ``logistic``:
     multinomial logistic regression with an L2 penalty in the whitened space, begun at the LDA.
-    Shrinkage or penalty, and then the temperature T, minimise the log loss of held-out images.
+    Shrinkage or penalty, and then the temperature T, minimise the log loss of held-out images, whose
+    classes are taken to be as frequent as in the training images.
     """
 
     name: ClassVar[str] = "kclass_posterior"
@@ -45,6 +49,10 @@ class KClassPosterior(Annotator):
         super().__post_init__()
         if self.method not in ("lda", "logistic"):
             raise ConfigError(f"method must be 'lda' or 'logistic', got '{self.method}'")
+        if self.prior not in ("balanced", "data"):
+            raise ConfigError(f"prior must be 'balanced' or 'data', got '{self.prior}'")
+        if self.iterations < 1:
+            raise ConfigError(f"iterations must be at least 1, got {self.iterations}")
         if self.strength is not None and not 0 <= self.strength <= (
             1 if self.method == "lda" else float("inf")
         ):
@@ -54,7 +62,8 @@ class KClassPosterior(Annotator):
         """Calibrated float64 logits ``[b, k]``; their softmax is the posterior."""
         weight = self._fitted("weight")
         shifted = self._checked(features, weight.shape[1]) - self._fitted("centre")
-        return (shifted @ weight.T + self._fitted("bias")) / self._fitted("temperature")
+        scores = shifted @ weight.T + self._fitted("bias")
+        return scores / self._fitted("temperature") + self._fitted("log_prior")
 
     def _annotate(self, features: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
         return self.logits(features).softmax(dim=1)
@@ -62,28 +71,34 @@ class KClassPosterior(Annotator):
     def _fit(self, train: FeatureBatches, held_out: FeatureBatches, num_classes: int) -> None:
         statistics = class_statistics(train, num_classes).require_classes()
         prior = (statistics.counts.double() / statistics.counts.sum()).log()
-        self.state["centre"] = statistics.means.mean(dim=0)
+        centre = statistics.means.mean(dim=0)
         if self.method == "lda":
             shrinkages = SHRINKAGES if self.strength is None else (self.strength,)
             candidates = ((s, *linear_discriminant(statistics, s)) for s in shrinkages)
         else:
             penalties = PENALTIES if self.strength is None else (self.strength,)
             candidates = _logistic_path(train, statistics, prior, penalties, self.iterations)
-        shift = prior if self.prior == "data" else torch.zeros_like(prior)
-        held = [(f, target_matrix(y, num_classes)) for f, y in _blocks(held_out)]
-        if not held:
+        targets = [target_matrix(y, num_classes) for _, y in held_out]
+        if not targets:
             raise DataError("no held-out images: the temperature must be set on unseen images")
-        targets = torch.cat([y for _, y in held])
+        targets = torch.cat(targets)
         best = float("inf")
         for strength, weight, bias in candidates:
-            scores = torch.cat([(f - self.state["centre"]) @ weight.T for f, _ in held]) + bias
-            temperature = fit_temperature(scores + shift, targets)
-            loss = mean_log_loss((scores + shift) / temperature, targets)
+            # Held-out images come in the frequencies of the data, whatever the labels shall assume.
+            scores = torch.cat([(f.double() - centre) @ weight.T for f, _ in held_out]) + bias
+            temperature = fit_temperature(scores, targets, prior)
+            logits = scores / temperature + prior
+            loss = mean_log_loss(logits, targets)
             if loss < best:
                 best = loss
-                self.state |= {"weight": weight, "bias": bias + shift}
-                self.state["temperature"] = torch.tensor(temperature, dtype=torch.float64)
-                hits = (scores + shift).argmax(dim=1) == targets.argmax(dim=1)
+                self.state |= {
+                    "centre": centre,
+                    "weight": weight,
+                    "bias": bias,
+                    "temperature": torch.tensor(temperature, dtype=torch.float64),
+                    "log_prior": prior if self.prior == "data" else torch.zeros_like(prior),
+                }
+                hits = logits.argmax(dim=1) == targets.argmax(dim=1)
                 self.report = {
                     "strength": float(strength),
                     "temperature": temperature,
@@ -128,12 +143,14 @@ def _logistic_path(
     """Solutions for falling penalties, each begun at the one before."""
     matrix, _ = whitening(statistics, WHITENING_SHRINKAGE)
     centre = statistics.means.mean(dim=0)
-    count = int(statistics.counts.sum())
+    count, dim = int(statistics.counts.sum()), len(centre)
     # In the whitened space the discriminant's weights are the class means; a fifth is a tame start.
     start = (statistics.means - centre) @ matrix.T
     bias = -start.square().sum(dim=1, keepdim=True) / 2
     parameters = (0.2 * torch.cat([start, bias], dim=1)).float().requires_grad_()
-    whitener, offset = matrix.T.float(), centre
+    whitener, log_prior = matrix.float(), prior.float()
+    blocks = _Centred(train, centre)
+    passes = list(blocks) if count * dim <= CACHED_NUMBERS else blocks
 
     for penalty in sorted(penalties, reverse=True):
         optimizer = torch.optim.LBFGS(
@@ -147,24 +164,35 @@ def _logistic_path(
 
         def closure(optimizer=optimizer, penalty=penalty):
             optimizer.zero_grad()
-            total = penalty / 2 * parameters[:, :-1].square().sum()
-            total.backward()
-            loss = float(total)
-            for features, labels in _blocks(train):
-                white = (features - offset).float() @ whitener
-                logits = white @ parameters[:, :-1].T + parameters[:, -1] + prior.float()
+            # The weights are whitened rather than the features: d k numbers instead of d n.
+            inner = (parameters[:, :-1].detach() @ whitener).requires_grad_()
+            offset = (parameters[:, -1].detach() + log_prior).requires_grad_()
+            loss = 0.0
+            for features, labels in passes:
+                logits = torch.addmm(offset, features, inner.T)
                 part = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / count
                 part.backward()
-                loss += float(part)
-            return torch.tensor(loss)
+                loss += part.item()
+            assert inner.grad is not None
+            assert offset.grad is not None
+            gradient = inner.grad @ whitener.T + penalty * parameters[:, :-1].detach()
+            parameters.grad = torch.cat([gradient, offset.grad[:, None]], dim=1)
+            ridge = penalty / 2 * float(parameters[:, :-1].detach().square().sum())
+            return torch.tensor(loss + ridge, dtype=torch.float64)
 
         optimizer.step(closure)
         solution = parameters.detach().double()
         yield penalty, solution[:, :-1] @ matrix, solution[:, -1]
 
 
-def _blocks(batches: FeatureBatches, size: int = 8192):
-    """The batches in float64 blocks of bounded memory."""
-    for features, labels in batches:
-        for start in range(0, len(labels), size):
-            yield features[start : start + size].double(), labels[start : start + size]
+class _Centred:
+    """Float32 features relative to ``centre``, with their labels, in blocks of bounded memory."""
+
+    def __init__(self, batches: FeatureBatches, centre: Tensor, size: int = 8192) -> None:
+        self.batches, self.centre, self.size = batches, centre, size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for features, labels in self.batches:
+            for start in range(0, len(labels), self.size):
+                rows = slice(start, start + self.size)
+                yield (features[rows].double() - self.centre).float(), labels[rows]

@@ -1,6 +1,6 @@
 """How trustworthy each mixed image is: columns to store, and thresholds to apply later."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
 PURE = 1 - 1e-6
 """Smallest weight of a class that makes an image a pure one."""
 BLOCK = 4096
+HISTOGRAM = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +129,33 @@ def real_residual_quantile(
 ) -> float:
     """Quantile over real images of the distance to the lines from their class to every other class.
 
+    Found in two passes with a histogram, so in memory that does not grow with the images; it may be
+    too large by 1/65536 of the largest distance.
+
     Raises:
         DataError: no images.
     """
-    values = []
     prototypes = prototypes.double()
-    delta = prototypes[:, None] - prototypes[None]
-    norm = delta.square().sum(dim=2)
+    norm = torch.cdist(prototypes, prototypes, compute_mode="donot_use_mm_for_euclid_dist").square()
+    largest = max(
+        (float(v.max()) for v in _line_distances(batches, prototypes, norm)), default=-1.0
+    )
+    if largest < 0:
+        raise DataError("no real images to compare residuals with")
+    if largest == 0:
+        return 0.0
+    counts = torch.zeros(HISTOGRAM, dtype=torch.int64)
+    for values in _line_distances(batches, prototypes, norm):
+        cells = (values * (HISTOGRAM / largest)).long().clamp(max=HISTOGRAM - 1)
+        counts += torch.bincount(cells, minlength=HISTOGRAM)
+    total = counts.cumsum(0)
+    cell = int(torch.searchsorted(total, max(quantile * int(total[-1]), 1)))
+    return (cell + 1) * largest / HISTOGRAM
+
+
+def _line_distances(
+    batches: FeatureBatches, prototypes: Tensor, norm: Tensor
+) -> Iterator[Float[Tensor, " j"]]:
     other = ~torch.eye(len(prototypes), dtype=torch.bool)
     for features, labels in batches:
         for start in range(0, len(labels), BLOCK):
@@ -144,11 +165,7 @@ def real_residual_quantile(
             along = (away * prototypes[own]).sum(dim=1, keepdim=True) - away @ prototypes.T
             along = along.square() / norm[own].clamp(min=1e-300)
             squared = away.square().sum(dim=1, keepdim=True) - along
-            values.append(squared[other[own]].clamp(min=0).sqrt().float())
-    if not values:
-        raise DataError("no real images to compare residuals with")
-    ordered = torch.cat(values).sort().values
-    return float(ordered[min(int(quantile * len(ordered)), len(ordered) - 1)])
+            yield squared[other[own]].clamp(min=0).sqrt()
 
 
 def third_class_mass(
@@ -164,21 +181,35 @@ def group_spearman(
 ) -> Float[Tensor, " b"]:
     """Rank correlation of requested and re-estimated ratio of each row's group, float64.
 
-    NaN for groups of one, and where one side is constant or NaN.
+    Ties share ranks. NaN for groups of one, and where one side is constant or not finite.
     """
-    from scipy.stats import rankdata
+    _, member = groups.unique(return_inverse=True)
+    count = torch.bincount(member).double()
+    ranks = [_centred_ranks(member, values.double(), count) for values in (ratio, estimate)]
 
-    result = torch.full((len(groups),), float("nan"), dtype=torch.float64)
-    for group in groups.unique():
-        rows = (groups == group).nonzero()[:, 0]
-        x, y = ratio[rows].numpy(), estimate[rows].numpy()
-        if len(rows) < 2 or not (np.isfinite(x).all() and np.isfinite(y).all()):
-            continue
-        ranks = [rankdata(values) - (len(rows) + 1) / 2 for values in (x, y)]
-        scale = np.linalg.norm(ranks[0]) * np.linalg.norm(ranks[1])
-        if scale > 0:
-            result[rows] = float(ranks[0] @ ranks[1] / scale)
-    return result
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(len(count), dtype=torch.float64).index_add_(0, member, values)
+
+    scale = (total(ranks[0].square()) * total(ranks[1].square())).sqrt()
+    result = total(ranks[0] * ranks[1]) / scale  # 0/0 where a side is constant
+    return result[member]
+
+
+def _centred_ranks(member: Tensor, values: Tensor, count: Tensor) -> Tensor:
+    """Rank of each value within its group less the group's mean rank; ties share the mean of theirs."""
+    by_value = torch.argsort(values, stable=True)
+    order = by_value[torch.argsort(member[by_value], stable=True)]
+    group, value = member[order], values[order]
+    position = torch.arange(len(order), dtype=torch.float64)
+    fresh = torch.ones(len(order), dtype=torch.bool)
+    fresh[1:] = (group[1:] != group[:-1]) | (value[1:] != value[:-1])
+    run = fresh.cumsum(0) - 1
+    length = torch.bincount(run).double()
+    shared = torch.zeros_like(length).index_add_(0, run, position) / length
+    first = count.cumsum(0) - count
+    ranks = shared[run] - first[group] - (count[group] - 1) / 2
+    ranks = torch.where(value.isfinite(), ranks, float("nan"))
+    return torch.empty_like(ranks).index_copy_(0, order, ranks)
 
 
 def endpoint_agreement(
@@ -191,17 +222,33 @@ def endpoint_agreement(
 
 
 def nearest_cosine(
-    features: Float[Tensor, "b d"], real: FeatureBatches, centre: Float[Tensor, " d"]
+    features: Float[Tensor, "b d"],
+    real: FeatureBatches,
+    centre: Float[Tensor, " d"],
+    device: torch.device | str = "cpu",
 ) -> Float[Tensor, " b"]:
     """Largest cosine of each image's features to those of any real image, by exact search.
 
     Features are taken relative to ``centre`` (the mean of the real ones): without that, features that
     share a large common part have cosines near 1 whatever they show.
+
+    Args:
+        features: Of generated images.
+        real: Features of real ones; one block of them is in memory at a time.
+        centre: See above.
+        device: Where the products are computed; the result is on the CPU, float32.
     """
-    best = torch.full((len(features),), -1.0)
-    queries = F.normalize((features.double() - centre).float(), dim=1)
+
+    def directions(values: Tensor) -> Tensor:
+        return F.normalize((values.double() - centre).float(), dim=1).to(device)
+
+    best = torch.full((len(features),), -1.0, device=device)
+    queries = directions(features)
     for block, _ in real:
         for start in range(0, len(block), BLOCK):
-            keys = F.normalize((block[start : start + BLOCK].double() - centre).float(), dim=1)
-            best = torch.maximum(best, (queries @ keys.T).max(dim=1).values)
-    return best.clamp(-1, 1)
+            keys = directions(block[start : start + BLOCK])
+            for first in range(0, len(queries), BLOCK):
+                rows = slice(first, first + BLOCK)
+                found = (queries[rows] @ keys.T).max(dim=1).values
+                best[rows] = torch.maximum(best[rows], found)
+    return best.clamp(-1, 1).cpu()

@@ -1,6 +1,5 @@
 """Temperature of logits, chosen on held-out targets, hard or soft."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,10 +17,19 @@ def mean_log_loss(logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"]) -
     return float(-(targets.double() * logits.double().log_softmax(dim=1)).sum(dim=1).mean())
 
 
-def fit_temperature(logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"]) -> float:
-    """The temperature T at which ``softmax(logits / T)`` has the least mean log loss.
+def fit_temperature(
+    logits: Float[Tensor, "b k"],
+    targets: Float[Tensor, "b k"],
+    offset: Float[Tensor, " k"] | None = None,
+) -> float:
+    """The temperature T at which ``softmax(logits / T + offset)`` has the least mean log loss.
 
     The loss is convex in 1/T, so the root of its slope is bracketed and halved.
+
+    Args:
+        logits: Of held-out images.
+        targets: Class distributions, one-hot for hard labels.
+        offset: What no temperature should touch, such as log class frequencies; 0 if None.
 
     Raises:
         NumericalError: logits that are not finite.
@@ -34,6 +42,7 @@ def fit_temperature(logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"])
     low, high = 1 / HIGHEST, 1 / LOWEST
     for _ in range(HALVINGS):
         middle = (low * high) ** 0.5
-        slope = ((logits * middle).softmax(dim=1) - targets).mul(logits).sum(dim=1).mean()
+        scaled = logits * middle if offset is None else logits * middle + offset
+        slope = (scaled.softmax(dim=1) - targets).mul(logits).sum(dim=1).mean()
         low, high = (middle, high) if float(slope) < 0 else (low, middle)
     return (low * high) ** -0.5

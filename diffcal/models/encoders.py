@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from diffcal.core.devices import module_device
 from diffcal.core.runs import fingerprint
 from diffcal.core.tensors import require_finite
 from diffcal.errors import ConfigError, DataError
@@ -81,6 +82,7 @@ class ClassifierEncoder:
         preprocess: Pixels ``[b, h, w, c]`` to the network's input.
         layer_name: The layer whose *input* is taken; the last ``nn.Linear`` if None.
         name: Name of the encoder.
+        preparation: JSON that tells what ``preprocess`` does, so that the version shows it.
 
     Raises:
         ConfigError: no such layer, or no linear layer.
@@ -92,6 +94,7 @@ class ClassifierEncoder:
         preprocess: Preprocess,
         layer_name: str | None = None,
         name: str = "classifier",
+        preparation: Any = None,
     ) -> None:
         linear = [key for key, part in module.named_modules() if isinstance(part, nn.Linear)]
         if layer_name is None and not linear:
@@ -105,14 +108,17 @@ class ClassifierEncoder:
                 f"the network has no layer '{self.layer_name}'; its last ones are {known}"
             ) from error
         self.module, self.preprocess, self.name = module.eval(), preprocess, name
+        self.preparation = preparation
         self._version: str | None = None
         self._dim = getattr(self.layer, "in_features", None)
 
     @property
     def version(self) -> str:
-        """SHA-256 of weights and layer; changing ``preprocess`` does not show in it."""
+        """SHA-256 of weights, layer and ``preparation``."""
         if self._version is None:
-            self._version = fingerprint([weights_fingerprint(self.module), self.layer_name])
+            self._version = fingerprint(
+                [weights_fingerprint(self.module), self.layer_name, self.preparation]
+            )
         return self._version
 
     @property
@@ -140,7 +146,7 @@ class ClassifierEncoder:
             caught.append(inputs[0].float())
 
         self.module.eval()
-        device = next(self.module.parameters()).device
+        device = module_device(self.module)
         handle = self.layer.register_forward_pre_hook(keep)
         try:
             self.module(self.preprocess(images.to(device)))
@@ -156,14 +162,23 @@ class ClassifierEncoder:
         return require_finite(features.cpu(), "classifier features")
 
 
-def classifier_encoder(classifier: TrainedClassifier) -> ClassifierEncoder:
-    """Penultimate features of a trained classifier, with its own normalisation."""
-    device = next(classifier.module.parameters()).device
+def classifier_encoder(
+    classifier: TrainedClassifier, layer_name: str | None = None
+) -> ClassifierEncoder:
+    """Penultimate features of a trained classifier, with its own normalisation.
+
+    Args:
+        classifier: See :func:`diffcal.models.classifier.load_classifier`.
+        layer_name: Another layer whose input to take.
+    """
+    device = module_device(classifier.module)
     mean, std = classifier.mean.to(device), classifier.std.to(device)
     return ClassifierEncoder(
         classifier.module,
         lambda images: normalise(images, mean, std),
+        layer_name,
         name=f"classifier-{classifier.architecture or 'own'}",
+        preparation=[classifier.mean.tolist(), classifier.std.tolist()],
     )
 
 

@@ -22,29 +22,33 @@ __all__ = ["ImagePreparation", "TransformersEncoder", "load_transformers_encoder
 class ImagePreparation:
     """Resize, centre crop, scale and normalise, as a ``preprocessor_config.json`` says, with PIL.
 
-    Does what the library's own processors do, without torchvision and alike for all its versions.
+    Does what the library's own Pillow processors do, without torchvision and alike in all versions.
 
     Args:
         settings: The content of the file.
 
     Raises:
-        ConfigError: a step that images of classes do not need (padding, tiling) is asked for.
+        ConfigError: a step that images of classes do not need (padding, tiling) is asked for, or a
+            size, mean or deviation is missing.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         for key in ("do_pad", "do_image_splitting", "do_thumbnail"):
             if settings.get(key):
                 raise ConfigError(f"image preparation with '{key}' is not supported")
-        self.size = _size(settings.get("size", 224)) if settings.get("do_resize", True) else None
-        self.crop = (
-            _size(settings.get("crop_size", 224)) if settings.get("do_center_crop", False) else None
-        )
+        crops = settings.get("do_center_crop") or False
+        resizes = settings.get("do_resize", True)
+        # One number means the shortest edge where a crop follows, else a square.
+        self.size = _size(settings.get("size", 224), square=not crops) if resizes else None
+        self.crop = _size(settings.get("crop_size", 224), square=True) if crops else None
+        if self.crop is not None and "height" not in self.crop:
+            raise ConfigError(f"image preparation: the crop {self.crop} needs height and width")
         self.resample = Image.Resampling(settings.get("resample", 3))
         rescale = settings.get("do_rescale", True)
         self.scale = float(settings.get("rescale_factor", 1 / 255)) if rescale else 1.0
         standard = settings.get("do_normalize", True)
-        self.mean = torch.tensor(settings["image_mean"] if standard else [0.0] * 3)
-        self.std = torch.tensor(settings["image_std"] if standard else [1.0] * 3)
+        self.mean = torch.tensor(_colours(settings, "image_mean") if standard else [0.0] * 3)
+        self.std = torch.tensor(_colours(settings, "image_std") if standard else [1.0] * 3)
 
     def __call__(self, images: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b 3 h2 w2"]:
         """Network input; grayscale images are repeated over three channels.
@@ -78,10 +82,14 @@ class TransformersEncoder:
         model: In evaluation mode, on the device to use.
         prepare: Pixels to network input.
         name: Where the model came from.
+        pooled: False ignores the pooled output of models without a projection.
     """
 
-    def __init__(self, model: Any, prepare: ImagePreparation, name: str) -> None:
+    def __init__(
+        self, model: Any, prepare: ImagePreparation, name: str, *, pooled: bool = True
+    ) -> None:
         self.model, self.prepare, self.name = model.eval(), prepare, name
+        self.pooled = pooled
         self._version: str | None = None
         self._dim: int | None = None
 
@@ -90,7 +98,7 @@ class TransformersEncoder:
         """SHA-256 of weights and preparation."""
         if self._version is None:
             shown = {key: str(value) for key, value in sorted(vars(self.prepare).items())}
-            self._version = fingerprint([weights_fingerprint(self.model), shown])
+            self._version = fingerprint([weights_fingerprint(self.model), shown, self.pooled])
         return self._version
 
     @property
@@ -108,11 +116,11 @@ class TransformersEncoder:
             CheckpointError: the model gives no image embedding.
             NumericalError: NaN or infinity.
         """
-        device = next(self.model.parameters()).device
-        pixels = self.prepare(images).to(device)
+        first = next(self.model.parameters())
+        pixels = self.prepare(images).to(first.device, first.dtype)
         tower = getattr(self.model, "get_image_features", None)
         output = tower(pixel_values=pixels) if tower else self.model(pixel_values=pixels)
-        features = _embedding(output)
+        features = _embedding(output, self.pooled or tower is not None)
         if features is None:
             raise CheckpointError(
                 f"model '{self.name}' ({type(self.model).__name__}) gives no image embedding"
@@ -128,8 +136,8 @@ def load_transformers_encoder(
 
     Raises:
         MissingExtraError: transformers is not installed.
-        CheckpointError: no model there, or not one that sees images.
-        ConfigError: unknown device or number format.
+        CheckpointError: no model there, not one that sees images, or weights are missing in it.
+        ConfigError: unknown device or number format, an image preparation that is not understood.
     """
     try:
         from transformers import AutoModel
@@ -145,23 +153,37 @@ def load_transformers_encoder(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             settings, _ = BaseImageProcessor.get_image_processor_dict(str(source))
-            model: Any = AutoModel.from_pretrained(str(source), use_safetensors=True)
+            loaded: Any = AutoModel.from_pretrained(
+                str(source), use_safetensors=True, output_loading_info=True
+            )
+            model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"encoder '{source}' cannot be loaded ({first}); give a local folder or a hub name of "
             "a CLIP, SigLIP, DINO or other vision transformer with safetensors weights"
         ) from error
+    # Checkpoints of DINO and of masked autoencoders come without the pooling layer that the class
+    # has; the library then draws it at random, and its output would be another one in every run.
+    pooler = [key for key in missing if "pooler" in key]
+    if len(missing) > len(pooler):
+        raise CheckpointError(
+            f"encoder '{source}' lacks weights that its network needs, such as "
+            f"'{next(key for key in missing if key not in pooler)}'"
+        )
     return TransformersEncoder(
-        model.to(target, number_format), ImagePreparation(settings), str(source)
+        model.to(target, number_format),
+        ImagePreparation(settings),
+        str(source),
+        pooled=not pooler,
     )
 
 
-def _embedding(output: Any) -> Tensor | None:
+def _embedding(output: Any, pooled: bool) -> Tensor | None:
     """The projected embedding: a tensor in transformers 4, the pooled output of an object in 5."""
     if isinstance(output, Tensor):
         return output
-    for key in ("image_embeds", "pooler_output"):
+    for key in ("image_embeds", "pooler_output") if pooled else ():
         value = getattr(output, key, None)
         if isinstance(value, Tensor):
             return value.flatten(1)
@@ -169,10 +191,19 @@ def _embedding(output: Any) -> Tensor | None:
     return hidden[:, 0] if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
 
 
-def _size(size: Any) -> dict[str, int]:
+def _size(size: Any, *, square: bool) -> dict[str, int]:
     if isinstance(size, int):
-        return {"shortest_edge": size, "height": size, "width": size}
-    return dict(size)
+        return {"height": size, "width": size} if square else {"shortest_edge": size}
+    if set(size) >= {"height", "width"} or set(size) == {"shortest_edge"}:
+        return dict(size)
+    raise ConfigError(f"image preparation: the size {size} is not understood")
+
+
+def _colours(settings: dict[str, Any], key: str) -> list[float]:
+    values = settings.get(key)
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        raise ConfigError(f"image preparation: '{key}' must be three numbers, got {values!r}")
+    return [float(value) for value in values]
 
 
 def _target(size: tuple[int, int], wanted: dict[str, int]) -> tuple[int, int]:
