@@ -262,7 +262,10 @@ def _show(args: argparse.Namespace) -> Any:
         "sample_shape": list(denoiser.sample_shape),
         "condition": denoiser.condition_kind,
         "classes": list(denoiser.class_names),
-        "sigma": [denoiser.sigma_min, denoiser.sigma_max],
+        # JSON has no infinity, so it is spelled out as in checkpoints' config.json.
+        "sigma": [
+            s if s < float("inf") else "inf" for s in (denoiser.sigma_min, denoiser.sigma_max)
+        ],
         "parameters": sum(p.numel() for p in denoiser.module.parameters()),
         "fingerprint": denoiser.fingerprint,
     }

@@ -38,8 +38,11 @@ class Denoiser(Protocol):
     """Names of the classes (or the prompts); ``("0", "1", ...)`` if the checkpoint does not tell."""
     feature_modules: tuple[str, ...]
     """Names (for ``module.get_submodule``) whose outputs serve as image features, best first."""
-    fingerprint: str
-    """SHA-256 that identifies architecture and weights."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 that identifies architecture and weights."""
+        ...
 
     def __call__(
         self,
