@@ -16,7 +16,8 @@ ALLOWED = {
     "data": {"core", "config"},
     "models": {"core", "config"},
     "calibration.losses": {"core", "config"},
-    "calibration.posthoc": {"core", "config"},
+    # criteria of a fit are metrics (ECE, temperature): one place for each
+    "calibration.posthoc": {"core", "config", "calibration.metrics"},
     "calibration.metrics": {"core", "config"},
     "calibration": {"core", "config", "data", "models", *CALIBRATION_CORE},
     "diffusion": {"core", "config", "data"},

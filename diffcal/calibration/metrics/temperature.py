@@ -23,7 +23,7 @@ class TemperatureFit:
     loss: float
     """The objective at ``temperature``, on the data of the fit."""
     note: str = ""
-    """``"bound"`` if the optimum lies outside [0.05, 20], as for constant networks."""
+    """``"bound"`` if the optimum lies outside the bounds, as for constant networks."""
 
 
 def fit_temperature(
@@ -31,8 +31,9 @@ def fit_temperature(
     objective: Literal["nll", "ece"] = "nll",
     method: Literal["exact", "grid"] = "exact",
     n_bins: int = 15,
+    bounds: tuple[float, float] = (LOWEST, HIGHEST),
 ) -> TemperatureFit:
-    """Temperature T in [0.05, 20] that minimises the objective of ``softmax(logits / T)``.
+    """Temperature T within ``bounds`` that minimises the objective of ``softmax(logits / T)``.
 
     ``exact`` finds the zero of the slope of the NLL, which is convex in 1/T. ``grid`` tries 0.1,
     0.2, ..., 10.0 and keeps the first minimum; with ``ece`` that is what several released
@@ -50,12 +51,14 @@ def fit_temperature(
         return _grid(predictions, objective, n_bins)
     if objective == "ece":
         raise ConfigError("the ECE has no slope to follow: use method='grid'")
-    low, high = math.log(1 / HIGHEST), math.log(1 / LOWEST)  # of the inverse temperature
+    if not 0 < bounds[0] < bounds[1]:
+        raise ConfigError(f"bounds must be positive and rising, got {bounds}")
+    low, high = -math.log(bounds[1]), -math.log(bounds[0])  # of the inverse temperature
     for bound, beyond in ((low, 1), (high, -1)):
         if beyond * _slopes(predictions, math.exp(bound))[0] >= 0:
             inverse = math.exp(bound)
             return TemperatureFit(1 / inverse, _nll(predictions, inverse), "bound")
-    u = 0.0
+    u = 0.0 if low < 0 < high else (low + high) / 2
     for _ in range(200):  # Newton, by halves where it would leave the bracket; about six steps
         slope, curvature = _slopes(predictions, math.exp(u))
         low, high = (u, high) if slope < 0 else (low, u)
