@@ -1,0 +1,202 @@
+"""The linear datamodeling score: do attributions predict the losses of retrained models?"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Shaped
+from torch import Tensor
+
+from diffcal.attribution.scores import ScoreBlock
+from diffcal.core.tensors import require_finite
+from diffcal.errors import ConfigError, DataError
+
+__all__ = [
+    "LDS",
+    "Spread",
+    "average_losses",
+    "average_ranks",
+    "centre_batches",
+    "linear_datamodeling_score",
+    "predictions_of",
+    "spearman",
+    "stream_predictions",
+]
+
+CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Bootstrap spread of a mean: standard deviation and percentile interval."""
+
+    sd: float
+    low: float
+    high: float
+    level: float
+
+
+@dataclass(frozen=True)
+class LDS:
+    """Linear datamodeling score: Spearman correlation of each query, and their mean, in [-1, 1]."""
+
+    per_query: Float64[Tensor, " q"]
+    mean: float
+    over_subsets: Spread
+    """If other subsets had been drawn (the ± of the published tables is its ``sd``)."""
+    over_queries: Spread
+    """If other queries had been asked."""
+    over_both: Spread
+    """Both at once: the interval to report."""
+    subsets: int
+    queries: int
+
+
+def average_ranks(values: Float[Tensor, "*b m"]) -> Float64[Tensor, "*b m"]:
+    """Ranks 1..m along the last axis; equal values share the mean of their ranks."""
+    values = values.double().contiguous()
+    ordered = values.sort(dim=-1).values
+    below = torch.searchsorted(ordered, values, side="left")
+    upto = torch.searchsorted(ordered, values, side="right")
+    return (below + upto + 1).double() / 2
+
+
+def spearman(x: Float[Tensor, "*b m"], y: Float[Tensor, "*b m"]) -> Float64[Tensor, "*b"]:
+    """Rank correlation along the last axis; 0 where either side is constant."""
+    a, b = (_standard(average_ranks(side)) for side in (x, y))
+    return (a * b).sum(dim=-1)
+
+
+def _standard(ranks: Tensor) -> Tensor:
+    centred = ranks - ranks.mean(dim=-1, keepdim=True)
+    length = centred.norm(dim=-1, keepdim=True)
+    return centred / torch.where(length > 0, length, 1.0)
+
+
+def predictions_of(
+    scores: Float[Tensor, "q n"], masks: Bool[Tensor, "s n"]
+) -> Float64[Tensor, "s q"]:
+    """Predicted loss of each subset's model: minus the sum of the scores of its examples."""
+    return stream_predictions([ScoreBlock(0, scores)], masks)
+
+
+def stream_predictions(
+    blocks: Iterable[ScoreBlock], masks: Bool[Tensor, "s n"]
+) -> Float64[Tensor, "s q"]:
+    """:func:`predictions_of` of scores that are never held as a whole.
+
+    Raises:
+        DataError: the blocks do not cover the masks' examples exactly once, in order.
+        NumericalError: NaN or infinite scores.
+    """
+    total, stop = None, 0
+    for start, values in blocks:
+        if start != stop or start + values.shape[1] > masks.shape[1]:
+            raise DataError(
+                f"scores of training rows {start}..{start + values.shape[1]} do not continue at "
+                f"{stop} of the masks' {masks.shape[1]} examples"
+            )
+        stop = start + values.shape[1]
+        inside = masks[:, start:stop].double()
+        part = inside @ require_finite(values, "scores").double().cpu().mT
+        total = part if total is None else total + part
+    if total is None or stop != masks.shape[1]:
+        raise DataError(f"scores cover {stop} of the masks' {masks.shape[1]} training examples")
+    return -total
+
+
+def linear_datamodeling_score(
+    predictions: Float[Tensor, "s q"],
+    losses: Float[Tensor, "_ _"],
+    *,
+    n_resamples: int = 500,
+    level: float = 0.95,
+    seed: int = 0,
+) -> LDS:
+    """Mean over queries of the Spearman correlation between predicted and true subset losses.
+
+    Args:
+        predictions: From :func:`predictions_of` or :func:`stream_predictions`.
+        losses: Of every subset's model on every query, averaged over training seeds and noise.
+        n_resamples: Bootstrap resamples; ranks are formed anew in each.
+
+    Raises:
+        DataError: fewer than two subsets, or different shapes.
+        NumericalError: NaN or infinite values.
+
+    Source: Park et al. 2023 (arXiv:2303.14186), definition 2.4; D-TRAK (arXiv:2311.00500) for
+    diffusion losses.
+    """
+    if predictions.shape != losses.shape or len(losses) < 2 or losses.shape[1] < 1:
+        raise DataError(
+            f"predictions {list(predictions.shape)} and losses {list(losses.shape)} must both be "
+            "[subsets, queries] with at least two subsets"
+        )
+    if not 0 < level < 1 or n_resamples < 2:
+        raise ConfigError(f"need 0 < level < 1 and at least 2 resamples: {level}, {n_resamples}")
+    predicted = require_finite(predictions, "predictions").double().cpu().mT.contiguous()
+    actual = require_finite(losses, "losses").double().cpu().mT.contiguous()
+    queries, subsets = predicted.shape
+    per_query = spearman(predicted, actual)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(subsets, (n_resamples, subsets), generator=generator)
+    columns = torch.randint(queries, (n_resamples, queries), generator=generator)
+    by_subset, by_both = [], []
+    chunk = max(1, CHUNK_ELEMENTS // (queries * subsets))
+    for some, picks in zip(rows.split(chunk), columns.split(chunk), strict=True):
+        draws = spearman(predicted[:, some].movedim(1, 0), actual[:, some].movedim(1, 0))
+        by_subset.append(draws.mean(dim=1))
+        by_both.append(draws.gather(1, picks).mean(dim=1))
+    return LDS(
+        per_query=per_query,
+        mean=float(per_query.mean()),
+        over_subsets=_spread(torch.cat(by_subset), level),
+        over_queries=_spread(per_query[columns].mean(dim=1), level),
+        over_both=_spread(torch.cat(by_both), level),
+        subsets=subsets,
+        queries=queries,
+    )
+
+
+def average_losses(losses: Float[Tensor, "s seeds noises q"]) -> Float64[Tensor, "s q"]:
+    """Plain mean over training seeds and noise draws."""
+    return losses.double().mean(dim=(1, 2))
+
+
+def centre_batches(
+    losses: Float[Tensor, "s q"], batches: Shaped[Tensor, " _"]
+) -> Float64[Tensor, "s q"]:
+    """Losses minus the query's mean within each batch of subsets.
+
+    Subsets that were trained at different times or on other machines must not be pooled without it:
+    a common shift between batches swamps the differences that attribution predicts.
+
+    Raises:
+        DataError: one batch number for each subset is needed.
+    """
+    if len(batches) != len(losses):
+        raise DataError(f"{len(batches)} batch numbers for {len(losses)} subsets")
+    centred = losses.double().clone()
+    for batch in batches.unique():
+        rows = batches == batch
+        centred[rows] -= centred[rows].mean(dim=0)
+    return centred
+
+
+def require_table(masks: Tensor, losses: Tensor) -> Float64[Tensor, "s q"]:
+    """``losses`` in float64 if they have one row for each mask.
+
+    Raises:
+        DataError: they do not.
+    """
+    if len(masks) != len(losses):
+        raise DataError(f"{len(losses)} rows of losses for {len(masks)} subsets")
+    return require_finite(losses, "losses").double().cpu()
+
+
+def _spread(draws: Tensor, level: float) -> Spread:
+    tail = (1 - level) / 2
+    low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=draws.dtype)).tolist()
+    sd = float(draws.std())
+    return Spread(sd if math.isfinite(sd) else 0.0, low, high, level)
