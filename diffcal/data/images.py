@@ -53,7 +53,7 @@ def image_grid(
     path: Path | None = None,
     scale: int | None = None,
     gap: int = 2,
-) -> Pixels:
+) -> UInt8[ndarray, "grid_h grid_w c"]:
     """Contact sheet in reading order on white; also written to ``path`` as PNG if given.
 
     Args:

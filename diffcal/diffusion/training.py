@@ -27,7 +27,7 @@ class OptimizerConfig:
     batch_size: int = 128
     """Images per step over all processes and accumulation passes."""
     accumulate: int = 1
-    """Forward-backward passes per step; the result changes only by rounding."""
+    """Forward-backward passes per step; without dropout the result changes only by rounding."""
     learning_rate: float = 1e-3
     warmup_steps: int = 500
     decay: Literal["constant", "cosine", "linear_tail"] = "linear_tail"
@@ -58,6 +58,14 @@ class OptimizerConfig:
             )
         if self.learning_rate <= 0 or not 0 <= self.tail <= 1:
             raise ConfigError("optimizer: learning_rate must be positive and tail in [0, 1]")
+        if (
+            self.sigma_std <= 0
+            or self.warmup_steps < 0
+            or (self.clip is not None and self.clip <= 0)
+        ):
+            raise ConfigError(
+                "optimizer: sigma_std and clip must be positive, warmup_steps not negative"
+            )
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int) -> float:
@@ -89,7 +97,9 @@ class DiffusionTrainer:
     """A preconditioned network, its optimiser and its average, advanced one step at a time.
 
     Every draw of step ``s`` comes from (seed, s), so a trainer restored at ``s`` continues exactly
-    as an uninterrupted one would on the CPU, and the number of processes only changes rounding.
+    as an uninterrupted one would on the CPU. Noise, augmentation and dropped labels belong to the
+    images of the step, so that the number of processes and of accumulation passes only changes
+    rounding; dropout of activations, where the network has it, is drawn by each process and pass.
 
     Args:
         network: Preconditioned network ``D(x, sigma, class_labels, augment_labels=...)``.
@@ -106,6 +116,7 @@ class DiffusionTrainer:
     sigma_data: float = 0.5
     step: int = 0
     _model: Any = field(init=False)
+    _label_dropout: float = field(init=False)
 
     def __post_init__(self) -> None:
         processes = self.accelerator.num_processes
@@ -114,6 +125,12 @@ class DiffusionTrainer:
                 f"optimizer.batch_size {self.config.batch_size} does not divide into "
                 f"{self.config.accumulate} passes on {processes} processes"
             )
+        # Labels are dropped here, image by image, and not by the network, whose draws would depend
+        # on how the batch is divided.
+        model = getattr(self.network, "model", None)
+        self._label_dropout = float(getattr(model, "label_dropout", 0.0))
+        if self._label_dropout:
+            model.label_dropout = 0.0  # type: ignore[union-attr]
         if self.config.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network.to(self.accelerator.device)
@@ -149,6 +166,9 @@ class DiffusionTrainer:
         augment_labels = None
         if config.augment is not None:
             x, augment_labels = augment(x, config.augment, generator)
+        if class_labels is not None and self._label_dropout:
+            keep = torch.rand(count, 1, generator=generator) >= self._label_dropout
+            class_labels = class_labels * keep
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         torch.manual_seed(item_seed(self.seed, f"train-dropout-{rank}", self.step))
 

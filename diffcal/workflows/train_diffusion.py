@@ -19,9 +19,10 @@ from diffcal.core.rng import item_normal
 from diffcal.core.runs import claim_folder, write_atomic
 from diffcal.data.sources import ImageSource, open_images
 from diffcal.diffusion.augmentation import AUGMENT_LABELS
-from diffcal.diffusion.checkpoints import load_denoiser, save_denoiser
+from diffcal.diffusion.checkpoints import compare_layout, load_denoiser, save_denoiser
 from diffcal.diffusion.denoisers import images_to_model
 from diffcal.diffusion.edm_networks import build_network
+from diffcal.diffusion.preconditioning import Preconditioner
 from diffcal.diffusion.samplers import SamplerConfig, sample
 from diffcal.diffusion.training import DiffusionTrainer, OptimizerConfig, batch_indices
 from diffcal.errors import ArtifactError, ConfigError
@@ -69,6 +70,13 @@ class TrainDiffusionConfig:
     weights: Literal["float32", "float16", "bfloat16"] = "float16"
     """Number format of the finished checkpoint."""
 
+    def __post_init__(self) -> None:
+        for name in ("save_every", "sample_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sample_steps < 2:
+            raise ConfigError(f"sample_steps must be at least 2, got {self.sample_steps}")
+
 
 def train_diffusion(
     config: TrainDiffusionConfig, out: Path, *, overwrite: bool = False, device: str = "auto"
@@ -81,10 +89,10 @@ def train_diffusion(
     the latest state, and on a CPU ends with the same bytes as a run that was never stopped.
 
     Returns:
-        Summary: steps, images, final loss, seconds of this call, checkpoint folder.
+        Summary: steps, images, processes, final loss, seconds of this call, checkpoint folder.
 
     Raises:
-        ConfigError, DataError: before any training.
+        ConfigError, DataError, CheckpointError: before any training, without touching ``out``.
         ArtifactError: ``out`` belongs to other settings.
         NumericalError: the loss became NaN or infinite; the saved state stays.
     """
@@ -97,27 +105,27 @@ def train_diffusion(
         config.data, image_column=config.image_column, label_column=config.label_column
     )
     images, labels = _load_rows(source, config)
-    claim = config_to_dict(config) | {"data_fingerprint": source.fingerprint}
-    if accelerator.is_main_process:
-        claim_folder(out, claim, overwrite=overwrite)
-    accelerator.wait_for_everyone()
-
     class_names = source.class_names if config.conditional else ()
     specification = _network_specification(config, images.shape[1:], len(class_names))
     torch.manual_seed(config.seed)
     network = build_network(specification)
     if config.initialise_from is not None:
-        network.load_state_dict(load_denoiser(config.initialise_from).module.state_dict())
-    trainer = DiffusionTrainer(network, opt, accelerator, config.seed)
+        _copy_weights(config.initialise_from, network)
+    trainer = DiffusionTrainer(network, opt, accelerator, config.seed, network.sigma_data)
+    # Claimed only now, so that a setting which is refused above leaves no folder behind.
+    claim = config_to_dict(config) | {"data_fingerprint": source.fingerprint}
+    if accelerator.is_main_process:
+        claim_folder(out, claim, overwrite=overwrite)
+    accelerator.wait_for_everyone()
     log = _LossLog(out / "loss.jsonl", enabled=accelerator.is_main_process)
     _restore(out / "state", trainer, log)
     started, first_step = time.monotonic(), trainer.step
-    one_hot = torch.nn.functional.one_hot(labels, max(len(class_names), 1)).float()
+    one_hot = torch.eye(len(class_names))[labels] if class_names else None
     with progress_bar(opt.steps, "train-diffusion", unit="step", initial=first_step) as bar:
         while trainer.step < opt.steps:
             rows = batch_indices(config.seed, len(labels), opt.batch_size, trainer.step)
             batch = images_to_model(images[rows])
-            loss = trainer.train_step(batch, one_hot[rows] if class_names else None)
+            loss = trainer.train_step(batch, None if one_hot is None else one_hot[rows])
             log.add(trainer.step, loss)
             bar.update(1)
             bar.set_postfix_str(f"loss {log.smooth:.4f}", refresh=False)
@@ -136,6 +144,7 @@ def train_diffusion(
     return {
         "steps": trainer.step,
         "images": trainer.step * opt.batch_size,
+        "processes": accelerator.num_processes,
         "parameters": sum(p.numel() for p in network.parameters()),
         "loss": log.smooth,
         "seconds": round(time.monotonic() - started, 1),
@@ -154,6 +163,13 @@ def _load_rows(source: ImageSource, config: TrainDiffusionConfig) -> tuple[Tenso
         for _, images, labels in source.batches(1024, range(config.first_row, end))
     ]
     return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def _copy_weights(source: str, network: Preconditioner) -> None:
+    found = load_denoiser(source).module.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    compare_layout(shapes, network, f"initialise_from '{source}'")
+    network.load_state_dict(found)
 
 
 def _network_specification(
