@@ -84,9 +84,13 @@ def _parser() -> argparse.ArgumentParser:
         csm, "annotate", "annotate generated images again, without regenerating", _annotate
     )
     annotate.add_argument("run", type=Path, help="folder of diffcal csm")
+    annotate.add_argument("--overwrite", action="store_true", help="replace other settings' labels")
     _config_flags(annotate, presets=("digits", "cifar10"))
     publish = _add(csm, "publish", "write the soft-labelled data set of a run", _publish)
     publish.add_argument("run", type=Path, help="folder of diffcal csm")
+    publish.add_argument(
+        "--overwrite", action="store_true", help="replace other settings' data set"
+    )
     _config_flags(publish, presets=("digits", "cifar10"))
     export = _add(
         csm, "export-webdataset", "convert a published data set to tar shards", _webdataset
@@ -117,6 +121,36 @@ def _parser() -> argparse.ArgumentParser:
     imports.add_argument("--class-names", help="comma-separated names, in label order")
     show = _add(checkpoints, "show", "what a checkpoint holds", _show)
     show.add_argument("source", help="checkpoint folder or hub name")
+
+    calibrate = _add(
+        commands,
+        "calibrate",
+        "fit post-hoc methods on validation logits and apply them",
+        _calibrate,
+    )
+    calibrate.add_argument(
+        "--logits", type=Path, required=True, help="validation file: .npz, .parquet, .safetensors"
+    )
+    calibrate.add_argument(
+        "--apply", type=Path, nargs="+", required=True, help="files to calibrate and to measure"
+    )
+    calibrate.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        help="as temperature (the default), consistency or feature_clipping+temperature; repeatable",
+    )
+    calibrate.add_argument("--out", type=Path, required=True, help="output folder")
+    calibrate.add_argument("--config", type=Path, help="TOML file with settings")
+    calibrate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override, as n_bins=20 or temperature.search=grid",
+    )
+    calibrate.add_argument("--overwrite", action="store_true", help="discard what the folder holds")
+    calibrate.add_argument("--dry-run", action="store_true", help="print the settings and stop")
 
     report = _add(commands, "report", "calibration report of one or several logits files", _report)
     report.add_argument("logits", type=Path, nargs="+", help=".npz, .parquet or .safetensors")
@@ -210,14 +244,18 @@ def _annotate(args: argparse.Namespace) -> Any:
     from diffcal.workflows.csm import CsmConfig, run_annotation
 
     config = _build(CsmConfig, args, "csm")
-    return _dry(config) if args.dry_run else run_annotation(config, args.run, device=args.device)
+    if args.dry_run:
+        return _dry(config)
+    return run_annotation(config, args.run, device=args.device, overwrite=args.overwrite)
 
 
 def _publish(args: argparse.Namespace) -> Any:
     from diffcal.workflows.csm import CsmConfig, run_publication
 
     config = _build(CsmConfig, args, "csm")
-    return _dry(config) if args.dry_run else run_publication(config, args.run)
+    if args.dry_run:
+        return _dry(config)
+    return run_publication(config, args.run, overwrite=args.overwrite)
 
 
 def _webdataset(args: argparse.Namespace) -> Any:
@@ -271,7 +309,17 @@ def _show(args: argparse.Namespace) -> Any:
     }
 
 
-def _report(args: argparse.Namespace) -> Any:
-    from diffcal.workflows.report import report
+def _calibrate(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.calibrate import calibrate, calibrate_config
 
-    return report(args.logits, args.out)
+    config = calibrate_config(args.method, args.set, args.config)
+    if args.dry_run:
+        return _dry(config)
+    return calibrate(config, args.logits, args.apply, args.out, overwrite=args.overwrite)
+
+
+def _report(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.report import calibration_report
+
+    calibration_report(args.logits, args.out)
+    return {"report": str(args.out / "report.html"), "data": str(args.out / "report.json")}

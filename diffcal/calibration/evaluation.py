@@ -1,6 +1,5 @@
 """Logits of a classifier on a set of images, kept on disk, and the figures drawn from them."""
 
-import math
 from pathlib import Path
 
 from jaxtyping import Float, Int
@@ -8,6 +7,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffcal.calibration.posthoc.temperature import TemperatureScaling
 from diffcal.core.runs import write_atomic
 from diffcal.errors import DataError
 
@@ -39,27 +39,19 @@ def load_logits(path: Path) -> tuple[Float[Tensor, "n k"], Int[Tensor, " n"]]:
 def fit_temperature(logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> float:
     """Temperature T in [0.01, 100] that minimises the negative log-likelihood of ``logits / T``.
 
-    The likelihood is convex in 1/T, so that its slope is bisected; float64.
+    See :class:`~diffcal.calibration.posthoc.temperature.TemperatureScaling`; float64.
 
     Raises:
         DataError: every example is classified correctly, so that no finite T is best.
 
     Source: Guo et al. 2017 (arXiv:1706.04599), section 4.2.
     """
-    z = logits.double()
-    if bool((z.argmax(dim=1) == labels).all()):
+    if bool((logits.argmax(dim=1) == labels).all()):
         raise DataError(
             f"all {len(labels)} examples are classified correctly, so the likelihood only grows as "
             "the temperature falls; fit it on a larger set"
         )
-    right = z.gather(1, labels[:, None])[:, 0]
-    low, high = math.log(0.01), math.log(100.0)
-    for _ in range(60):
-        middle = (low + high) / 2
-        p = (z * math.exp(middle)).softmax(dim=1)
-        slope = float(((p * z).sum(dim=1) - right).mean())  # of the NLL in the inverse temperature
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    return math.exp(-(low + high) / 2)
+    return TemperatureScaling().fit(logits, labels).temperature
 
 
 def summarise(

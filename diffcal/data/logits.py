@@ -15,7 +15,8 @@ from diffcal.errors import DataError
 __all__ = ["LogitsFile", "load_logits", "save_logits"]
 
 SUFFIXES = (".npz", ".parquet", ".safetensors")
-KEYS = ("logits", "probs", "labels", "soft_labels", "class_names")
+HEAD = ("head_weight", "head_bias")
+KEYS = ("logits", "probs", "labels", "soft_labels", "class_names", "features", *HEAD)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class LogitsFile:
     labels: Int[Tensor, " n"] | None
     soft_labels: Float[Tensor, "n k"] | None
     class_names: tuple[str, ...] | None = None
+    features: Float[Tensor, "n d"] | None = None
+    """Inputs of the last linear layer, for post-hoc methods that need them."""
+    head: tuple[Float[Tensor, "k d"], Float[Tensor, " k"]] | None = None
+    """Weight and bias of that layer."""
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -55,7 +60,9 @@ def load_logits(path: Path | str) -> LogitsFile:
 
     NPZ and safetensors hold arrays ``logits`` or ``probs`` ``[n, k]`` and ``labels`` ``[n]`` or
     ``soft_labels`` ``[n, k]``; Parquet holds columns of these names, lists where ``[n, k]``. NPZ may
-    hold ``class_names`` as strings. Pickled content is never loaded.
+    hold ``class_names`` as strings. ``features`` ``[n, d]`` (the inputs of the last linear layer) may
+    be there, and in NPZ and safetensors ``head_weight`` ``[k, d]`` and ``head_bias`` ``[k]``. Pickled
+    content is never loaded.
 
     Raises:
         DataError: unknown suffix, unreadable or damaged file, missing or ill-shaped arrays.
@@ -79,23 +86,29 @@ def load_logits(path: Path | str) -> LogitsFile:
 def save_logits(
     path: Path | str,
     *,
-    logits: Float[Tensor, "n k"],
+    logits: Float[Tensor, "n k"] | None = None,
+    probs: Float[Tensor, "n k"] | None = None,
     labels: Int[Tensor, " n"] | None = None,
     soft_labels: Float[Tensor, "n k"] | None = None,
+    features: Float[Tensor, "n d"] | None = None,
 ) -> None:
-    """Write logits (float32) and labels (int64, float32 if soft) in the format of the suffix.
+    """Write logits or probabilities (float32) and labels (int64, float32 if soft) in the format of
+    the suffix, with features (float32) if given.
 
     Raises:
-        DataError: unknown suffix, or no labels.
+        DataError: unknown suffix, no labels, or not exactly one of logits and probabilities.
     """
     path = Path(path)
     if labels is None and soft_labels is None:
         raise DataError("give labels or soft_labels")
-    arrays = {"logits": logits.detach().float().contiguous().cpu()}
+    floats = {"logits": logits, "probs": probs, "soft_labels": soft_labels, "features": features}
+    arrays = {
+        name: value.detach().float().contiguous().cpu()
+        for name, value in floats.items()
+        if value is not None
+    }
     if labels is not None:
         arrays["labels"] = labels.detach().long().contiguous().cpu()
-    if soft_labels is not None:
-        arrays["soft_labels"] = soft_labels.detach().float().contiguous().cpu()
     _checked(path, dict(arrays))
     if path.suffix == ".safetensors":
         from safetensors.torch import save
@@ -192,6 +205,14 @@ def _checked(path: Path, arrays: dict[str, Any]) -> LogitsFile:
             f"'{path}': soft_labels must be floating {list(scores.shape)}, "
             f"got {soft.dtype} {list(soft.shape)}"
         )
+    features = tensors.get("features")
+    if features is not None and (
+        features.ndim != 2 or len(features) != len(scores) or not features.is_floating_point()
+    ):
+        raise DataError(
+            f"'{path}': features must be floating [{len(scores)}, d], "
+            f"got {features.dtype} {list(features.shape)}"
+        )
     return LogitsFile(
         path,
         tensors.get("logits"),
@@ -199,4 +220,24 @@ def _checked(path: Path, arrays: dict[str, Any]) -> LogitsFile:
         labels,
         soft,
         None if names is None else tuple(str(name) for name in np.asarray(names).tolist()),
+        features,
+        _checked_head(path, tensors, scores.shape[1], features),
     )
+
+
+def _checked_head(
+    path: Path, tensors: dict[str, Tensor], classes: int, features: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    found = [tensors[name] for name in HEAD if name in tensors]
+    if not found:
+        return None
+    if len(found) == 1:
+        raise DataError(f"'{path}' must hold both {' and '.join(HEAD)}, or neither")
+    weight, bias = found
+    columns = weight.shape[-1] if features is None else features.shape[1]
+    if weight.shape != (classes, columns) or bias.shape != (classes,):
+        raise DataError(
+            f"'{path}': head_weight must be [{classes}, {columns}] and head_bias [{classes}], "
+            f"got {list(weight.shape)} and {list(bias.shape)}"
+        )
+    return weight, bias

@@ -239,7 +239,10 @@ class Calibrator(ABC):
         out = torch.empty_like(z)
         for rows in self._row_blocks(*z.shape):
             part = None if h is None else h[rows]
-            out[rows] = function(z[rows].to(dtype), part)
+            made = function(z[rows].to(dtype), part)
+            out[rows] = made
+            if made.dtype != out.dtype and self.preserves_argmax:
+                _keep_argmax(out[rows], z[rows].argmax(dim=1))
         return out.numpy() if isinstance(logits, np.ndarray) else out
 
     def _row_blocks(self, n: int, k: int) -> Iterator[slice]:
@@ -250,6 +253,15 @@ class Calibrator(ABC):
     def _require_fitted(self) -> None:
         if not self.is_fitted:
             raise NotFittedError(f"{type(self).__name__} is not fitted: call fit or load it first")
+
+
+def _keep_argmax(out: Tensor, top: Tensor) -> None:
+    """Raise the value at ``top`` by one unit in the last place where rounding made it tie."""
+    wrong = (out.argmax(dim=1) != top).nonzero()[:, 0]
+    if len(wrong):
+        at = top[wrong]
+        largest = out[wrong].amax(dim=1)
+        out[wrong, at] = torch.nextafter(largest, torch.full_like(largest, torch.inf))
 
 
 def _floating(values: Tensor | np.ndarray) -> Tensor:

@@ -92,7 +92,7 @@ class GroupCalibration(Calibrator):
             log_p = soft_group_log_probs(h, z, w, tau)
             loss = -(q * log_p).sum(dim=1).mean() + self.weight_decay * w.square().mean()
             (gradient,) = torch.autograd.grad(loss, flat)
-            return float(loss), gradient.cpu().numpy()
+            return float(loss.detach()), gradient.cpu().numpy()
 
         x = torch.cat([start.flatten(), start.new_full((self.groups,), 1.5)]).cpu().numpy()
         bounds = [(None, None)] * size + [BOUNDS] * self.groups
