@@ -99,10 +99,9 @@ class ConvPart(Part):
     def sketch(self, g: Tensor, layer: LayerSketch) -> Tensor:
         if not self._can_sketch:
             return super().sketch(g, layer)
-        if self._shrunk:
-            x = self.saved
-        else:
-            x = _sketch_input(self.saved, layer.right, self._geometry)
+        x = self.saved
+        if not self._shrunk:
+            x = _sketch_input(x, layer.right, self._geometry)
         sketches = widened(_sketch_output(g, layer.left)) @ x.mT
         return by_rows(sketches, self.rows).sum(dim=1) if len(x) != self.rows else sketches
 

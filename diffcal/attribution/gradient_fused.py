@@ -13,6 +13,7 @@ from diffcal.attribution.gradient_taps import Taps
 from diffcal.attribution.gradient_vmap import vmap_gradients
 from diffcal.attribution.gradients import (
     GradientBatch,
+    NormKind,
     Objective,
     PerSampleGradients,
     RowSums,
@@ -23,9 +24,8 @@ from diffcal.attribution.projection_factorised import FactorisedProjection, Laye
 from diffcal.attribution.projectors import ChainedProjection
 from diffcal.errors import ConfigError
 
-__all__ = ["FusedGradients", "NormKind", "UnknownUse"]
+__all__ = ["FusedGradients", "UnknownUse"]
 
-NormKind = Literal["exact", "projected"]
 UnknownUse = Literal["vmap", "refuse"]
 
 _log = logging.getLogger(__name__)
@@ -43,11 +43,10 @@ class FusedGradients(PerSampleGradients):
     The first batch checks two of its rows against ``torch.autograd``, parameter by parameter, so
     that a use which the taps cannot see (inside compiled code, say) is never skipped in silence.
 
+    Exact norms of gradients that are never formed are ghost norms: from Gram matrices of activations
+    and output gradients, or from the gradient of a layer where that is cheaper.
+
     Args:
-        norms: ``exact``: of the whole gradient, even where none is formed (ghost norms: from Gram
-            matrices of activations and output gradients, or from the gradient where that is
-            cheaper). ``projected``: of the projected vector, which costs nothing and is off by a
-            factor of about 1 + sqrt(1 / (2 k)) to either side for a good projector.
         unknown: Parameters that act through an operation without a rule: ``vmap`` computes them
             exactly in a second pass (and says so once in the log), ``refuse`` raises.
         check: Check the first batch.
@@ -68,7 +67,7 @@ class FusedGradients(PerSampleGradients):
         unknown: UnknownUse = "vmap",
         check: bool = True,
     ) -> None:
-        super().__init__(module, objective, parameters, projector)
+        super().__init__(module, objective, parameters, projector, norms=norms)
         recomputing = [
             name
             for name, child in module.named_modules()
@@ -79,11 +78,9 @@ class FusedGradients(PerSampleGradients):
                 f"'{recomputing[0] or type(module).__name__}' recomputes activations: switch gradient "
                 "checkpointing off (no activation of a weight gradient has to be kept here)"
             )
-        if norms not in ("exact", "projected") or unknown not in ("vmap", "refuse"):
-            raise ConfigError(
-                f"norms must be exact or projected, unknown vmap or refuse; got {norms}, {unknown}"
-            )
-        self._norms, self._unknown, self._to_check = norms, unknown, check
+        if unknown not in ("vmap", "refuse"):
+            raise ConfigError(f"unknown must be vmap or refuse, got '{unknown}'")
+        self._unknown, self._to_check = unknown, check
         self.slow_parameters: dict[str, str] = {}
         """Parameters that go through ``vmap``, and why."""
         self._copied: set[str] = set()  # parameters whose activations are overwritten in place
@@ -101,7 +98,7 @@ class FusedGradients(PerSampleGradients):
 
     def _run(self, inputs: tuple[Tensor, ...]) -> GradientBatch:
         while True:
-            sums = self._sums(len(inputs[0]))
+            sums = _Sums(len(inputs[0]), self)
             try:
                 values, extras = self._pass(inputs, sums)
             except _ChangedInPlace as changed:
@@ -113,12 +110,7 @@ class FusedGradients(PerSampleGradients):
             gradients, _, _ = vmap_gradients(self.module, self.objective, slow, inputs)
             for name, gradient in gradients.items():
                 sums.add(name, gradient)
-        vectors, norms = sums.finish()
-        return GradientBatch(vectors, norms, values, extras)
-
-    def _sums(self, rows: int) -> "_Sums":
-        like = next(iter(self.parameters.values())).new_empty(0, dtype=self.dtype)
-        return _Sums(rows, self, like)
+        return sums.finish(values, extras)
 
     def _pass(
         self, inputs: tuple[Tensor, ...], sums: "_Sums", weights: Tensor | None = None
@@ -198,14 +190,13 @@ class _ChangedInPlace(Exception):
 class _Sums(RowSums):
     """Adds up parts in the order in which the backward pass reaches them."""
 
-    def __init__(self, rows: int, engine: FusedGradients, like: Tensor) -> None:
+    def __init__(self, rows: int, engine: FusedGradients) -> None:
+        super().__init__(rows, engine)
         self._layers, self._copied = engine._layers, engine._copied
-        self._exact_norms = not self._layers or engine._norms == "exact"
-        self._projected_norms = engine._norms == "projected"
-        super().__init__(rows, engine.projector, engine.layout, like)
+        self._needs_gradients = not self._layers or self.norms == "exact"
         self._sketched = self.vectors
-        if self._layers and isinstance(engine.projector, ChainedProjection):
-            self._sketched = like.new_zeros(rows, engine.projector.first.dim)
+        if self._layers and isinstance(self.projector, ChainedProjection):
+            self._sketched = self.vectors.new_zeros(rows, self.projector.first.dim)
         self._left: dict[str, int] = {}
         self._several: dict[str, Tensor] = {}
         self._dropped: Mapping[str, str] = {}
@@ -214,7 +205,7 @@ class _Sums(RowSums):
         """Called in the forward pass, for every part."""
         if part.name in self._copied:
             part.keep_copy()
-        if self._layers and not self._exact_norms and part.is_sketchable:
+        if self._layers and not self._needs_gradients and part.is_sketchable:
             with torch.no_grad(), torch.autocast(self.vectors.device.type, enabled=False):
                 part.shrink(self._layers[part.name])
 
@@ -251,56 +242,56 @@ class _Sums(RowSums):
         return part.sketch(g, layer) if part.is_sketchable else Part.sketch(part, g, layer)
 
     def _block(self, part: Part, g: Tensor) -> Tensor:
-        sketched = self._layers and not self._exact_norms
-        return self._sketch(part, g) if sketched else part.exact(g).reshape(self._rows, -1)
+        sketched = self._layers and not self._needs_gradients
+        return self._sketch(part, g) if sketched else part.exact(g).reshape(self.rows, -1)
 
     def _add_part(self, part: Part, g: Tensor) -> None:
         if not self._layers:
             self.add(part.name, part.exact(g))
             return
-        if self._exact_norms:
+        if self.norms == "exact":
             self.squares += part.squared_norm(g)
         self._add_sketch(part.name, self._sketch(part, g))
 
     def _add_block(self, name: str, block: Tensor) -> None:
-        if self._layers and not self._exact_norms:
+        if self._layers and not self._needs_gradients:
             self._add_sketch(name, block)
         else:
             self.add(name, block)
 
+    @torch.no_grad()
     def add(self, name: str, gradient: Tensor) -> None:
         """Add whole gradients of one parameter."""
         if not self._layers:
             super().add(name, gradient)
             return
         layer = self._layers[name]
-        block = gradient.reshape(self._rows, layer.rows, layer.columns).to(self.vectors.dtype)
-        self.squares += torch.linalg.vector_norm(block.flatten(1), dim=1).square()
+        block = gradient.reshape(self.rows, layer.rows, layer.columns).to(self.vectors.dtype)
+        if self.norms == "exact":
+            self.squares += torch.linalg.vector_norm(block.flatten(1), dim=1).square()
         self._add_sketch(name, layer.apply(block))
 
     def _add_sketch(self, name: str, sketch: Tensor) -> None:
         slot = self._layers[name].slot
-        flat = sketch.reshape(self._rows, -1)
+        flat = sketch.reshape(self.rows, -1)
         self._sketched[:, slot : slot + flat.shape[1]] += flat
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """(projected gradients, norms)."""
+    def finish(self, values: Tensor, extras: Tensor) -> GradientBatch:
+        """The batch, when every parameter has been added."""
         if self._sketched is not self.vectors:
-            assert isinstance(self._projector, ChainedProjection)
-            self._projector.second.accumulate(self.vectors, self._sketched)
-        if self._projected_norms:
-            return self.vectors, self.vectors.norm(dim=1)
-        return self.vectors, self.squares.sqrt()
+            assert isinstance(self.projector, ChainedProjection)
+            self.projector.second.accumulate(self.vectors, self._sketched)
+        return super().finish(values, extras)
 
 
 class _Blocks(_Sums):
     """Keeps whole gradients by name, for the check."""
 
     def __init__(self, rows: int, engine: FusedGradients) -> None:
-        super().__init__(rows, engine, next(iter(engine.parameters.values())).new_empty(0))
-        self._layers, self._exact_norms = {}, True
+        super().__init__(rows, engine)
+        self._layers, self._needs_gradients = {}, True
         self.blocks: dict[str, Tensor] = {}
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Keep the gradients of one parameter."""
-        self.blocks[name] = gradient.reshape(self._rows, -1)
+        self.blocks[name] = gradient.reshape(self.rows, -1)

@@ -32,10 +32,7 @@ class LoopGradients(PerSampleGradients):
                 )
                 values.append(value.detach())
                 extras.append(extra.detach())
-        like = leaves[0].new_empty(0, dtype=self.dtype)
-        sums = RowSums(len(inputs[0]), self.projector, self.layout, like)
+        sums = RowSums(len(inputs[0]), self)
         for index, name in enumerate(names):
             sums.add(name, torch.stack([gradient[index] for gradient in gradients]))
-        return GradientBatch(
-            sums.vectors, sums.squares.sqrt(), torch.cat(values), torch.cat(extras)
-        )
+        return sums.finish(torch.cat(values), torch.cat(extras))

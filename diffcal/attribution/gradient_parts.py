@@ -58,7 +58,8 @@ class Part(ABC):
             self._version = self._saved._version
 
     def shrink(self, layer: LayerSketch) -> None:
-        """Keep only what :meth:`sketch` needs of the activation."""
+        """Keep only what :meth:`sketch` needs of the activation, if that is less."""
+        return
 
     @abstractmethod
     def exact(self, g: Tensor) -> Float[Tensor, "b ..."]:

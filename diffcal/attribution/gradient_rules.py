@@ -244,7 +244,7 @@ def _instance_norm(taps: Taps, args: Any, kwargs: Any) -> tuple[Tensor, list[Par
 
 @rule(F.embedding)
 def _embedding(taps: Taps, args: Any, kwargs: Any) -> tuple[Tensor, list[Part]]:
-    index, table, padding_index, max_norm, norm_type, by_frequency, sparse = _bind(
+    index, table, padding_index, max_norm, norm_type, by_frequency, _ = _bind(
         "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse",
         args,
         kwargs,

@@ -21,11 +21,10 @@ class VmapGradients(PerSampleGradients):
         gradients, values, extras = vmap_gradients(
             self.module, self.objective, self.parameters, inputs
         )
-        like = next(iter(gradients.values())).new_empty(0, dtype=self.dtype)
-        sums = RowSums(len(inputs[0]), self.projector, self.layout, like)
+        sums = RowSums(len(inputs[0]), self)
         for name in self.parameters:
             sums.add(name, gradients.pop(name))
-        return GradientBatch(sums.vectors, sums.squares.sqrt(), values, extras)
+        return sums.finish(values, extras)
 
 
 def vmap_gradients(

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Shaped
@@ -14,7 +15,16 @@ from diffcal.attribution.projection import IdentityProjection, Projector
 from diffcal.core.tensors import require_finite
 from diffcal.errors import ConfigError
 
-__all__ = ["GradientBatch", "Objective", "PerSampleGradients", "RowSums", "requiring_grad"]
+__all__ = [
+    "GradientBatch",
+    "NormKind",
+    "Objective",
+    "PerSampleGradients",
+    "RowSums",
+    "requiring_grad",
+]
+
+NormKind = Literal["exact", "projected"]
 
 Objective = Callable[..., tuple[Tensor, Tensor]]
 """From tensors whose first axis is the rows to (one number for each row, anything else by row).
@@ -30,7 +40,7 @@ class GradientBatch:
     vectors: Float[Tensor, "b k"]
     """Projected gradients (whole ones where no projector was given), float32 or float64."""
     norms: Float[Tensor, " b"]
-    """L2 norm of each whole gradient, or of its projection if the method was told so."""
+    """L2 norm of each whole gradient, or of its projection where ``norms`` is ``projected``."""
     values: Float[Tensor, " b"]
     """The differentiated numbers."""
     extras: Shaped[Tensor, "b ..."]
@@ -49,6 +59,8 @@ class PerSampleGradients(ABC):
         objective: See :data:`Objective`.
         parameters: What is differentiated, by the names of ``module.named_parameters()``.
         projector: Made for ``layout``; None: whole gradients.
+        norms: Of the whole gradient (``exact``) or of its projection (``projected``), which costs
+            nothing; its relative error is about ``sqrt(1 / (2 k))`` for a projection to k numbers.
 
     Raises:
         ConfigError: no parameters, a name that the module does not have, or a projector for another
@@ -62,7 +74,11 @@ class PerSampleGradients(ABC):
         objective: Objective,
         parameters: Mapping[str, nn.Parameter],
         projector: Projector | None = None,
+        *,
+        norms: NormKind = "exact",
     ) -> None:
+        if norms not in ("exact", "projected"):
+            raise ConfigError(f"norms must be exact or projected, got '{norms}'")
         known = dict(module.named_parameters())
         strangers = [name for name, p in parameters.items() if known.get(name) is not p]
         if strangers or not parameters:
@@ -79,6 +95,7 @@ class PerSampleGradients(ABC):
                 f"the projector is made for {self.projector.num_params} parameters, but "
                 f"{self.layout.size} are differentiated"
             )
+        self.norms: NormKind = norms
         wide = any(p.dtype == torch.float64 for p in parameters.values())
         self.dtype = torch.float64 if wide else torch.float32
 
@@ -104,18 +121,26 @@ class PerSampleGradients(ABC):
 class RowSums:
     """Projection and squared norm of each row, added up block by block."""
 
-    def __init__(self, rows: int, projector: Projector, layout: Layout, like: Tensor) -> None:
-        self._projector, self._rows = projector, rows
-        self._offsets = {name: offset for name, _, offset in layout}
-        self.vectors = like.new_zeros(rows, projector.dim)
-        self.squares = like.new_zeros(rows)
+    def __init__(self, rows: int, engine: PerSampleGradients) -> None:
+        like = next(iter(engine.parameters.values()))
+        self.rows, self.norms, self.projector = rows, engine.norms, engine.projector
+        self._offsets = {name: offset for name, _, offset in engine.layout}
+        self.vectors = like.new_zeros(rows, engine.projector.dim, dtype=engine.dtype)
+        self.squares = like.new_zeros(rows, dtype=engine.dtype)
 
-    def add(self, name: str, gradient: Float[Tensor, "b *shape"]) -> None:
+    @torch.no_grad()
+    def add(self, name: str, gradient: Float[Tensor, "b ..."]) -> None:
         """Add the gradients of one parameter."""
-        block = gradient.reshape(self._rows, -1).to(self.vectors.dtype)
-        # A dot product with itself reads the block once and writes nothing.
-        self.squares += torch.linalg.vector_norm(block, dim=1).square()
-        self._projector.accumulate(self.vectors, block, self._offsets[name])
+        block = gradient.reshape(self.rows, -1).to(self.vectors.dtype)
+        if self.norms == "exact":
+            # Reads the block once and writes nothing.
+            self.squares += torch.linalg.vector_norm(block, dim=1).square()
+        self.projector.accumulate(self.vectors, block, self._offsets[name])
+
+    def finish(self, values: Tensor, extras: Tensor) -> GradientBatch:
+        """The batch, when every parameter has been added."""
+        norms = self.vectors.norm(dim=1) if self.norms == "projected" else self.squares.sqrt()
+        return GradientBatch(self.vectors, norms, values.detach(), extras.detach())
 
 
 @contextmanager

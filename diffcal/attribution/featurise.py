@@ -1,0 +1,314 @@
+"""Attribution features: per-sample gradients at several timesteps, normalised, averaged, projected."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcal.attribution.functionals import FUNCTIONALS, Functional
+from diffcal.attribution.gradient_fused import FusedGradients, UnknownUse
+from diffcal.attribution.gradient_loop import LoopGradients
+from diffcal.attribution.gradient_vmap import VmapGradients
+from diffcal.attribution.gradients import GradientBatch, NormKind, Objective, PerSampleGradients
+from diffcal.attribution.noise import NoisePolicy, attribution_noise
+from diffcal.attribution.outputs import DenoiserObjective, PredictionKind
+from diffcal.attribution.parameters import select_parameters
+from diffcal.attribution.projection import ProjectionConfig, Projector
+from diffcal.attribution.projectors import make_projector
+from diffcal.attribution.timesteps import TimestepStrategy, noise_levels
+from diffcal.config import config_to_dict
+from diffcal.core.runs import fingerprint
+from diffcal.diffusion.denoisers import Denoiser
+from diffcal.errors import ConfigError, DataError
+
+__all__ = [
+    "FeatureConfig",
+    "Features",
+    "Featuriser",
+    "GradientMethod",
+    "average_over_timesteps",
+    "make_gradients",
+]
+
+GradientMethod = Literal["fused", "vmap", "loop"]
+
+NORM_EPSILON = 1e-8  # added to every norm that divides, as published
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """What decides the features of a sample, besides the model and the sample itself."""
+
+    functional: str = "mean"
+    """A name of ``FUNCTIONALS``, or ``custom`` for a callable given to the featuriser."""
+    prediction: PredictionKind = "network"
+    """Form in which the functional sees the network's output; the raw one as published."""
+    timesteps: int | tuple[int, ...] = 10
+    """How many, placed by ``strategy``, or the timesteps themselves."""
+    strategy: TimestepStrategy = "uniform"
+    sigmas: tuple[float, ...] | None = None
+    """Noise levels instead of timesteps."""
+    noise: NoisePolicy = "shared"
+    noise_seed: int = 0
+    slot_batch: int = 16
+    """Batch whose places ``slot`` noise belongs to: 16 in DAS's scripts, 52 in D-TRAK's."""
+    normalise: bool = True
+    """Divide the gradient of every timestep by its norm before averaging."""
+    norms: Literal["auto", "exact", "projected"] = "auto"
+    """Which norm that is; auto: projected for factorised projections, exact for all others."""
+    params: str = "all"
+    """Which parameters; see :func:`~diffcal.attribution.parameters.select_parameters`."""
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+
+    def __post_init__(self) -> None:
+        if self.functional != "custom" and self.functional not in FUNCTIONALS:
+            raise ConfigError(
+                f"unknown functional '{self.functional}': use {', '.join(FUNCTIONALS)} or custom"
+            )
+        if self.functional == "weighted-mse" and self.sigmas is not None:
+            raise ConfigError("weighted-mse weighs timesteps: it has no weights for sigmas")
+
+    @property
+    def norm_kind(self) -> NormKind:
+        """``norms`` with ``auto`` resolved."""
+        if self.norms != "auto":
+            return self.norms
+        return "projected" if self.projection.kind.startswith("factorised") else "exact"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of some samples."""
+
+    vectors: Float[Tensor, "n k"]
+    """Projected mean gradient of each sample, float32."""
+    errors: Float[Tensor, "n t"]
+    """Mean squared error of the prediction at each timestep."""
+    values: Float[Tensor, "n t"]
+    """The functional at each timestep."""
+
+
+class Featuriser:
+    """Features of samples of one denoiser; what is asked for is in ``config``.
+
+    ``phi_i = P mean_t g_it / (||g_it|| + 1e-8)``, with ``g_it`` the gradient of the functional of
+    the network's output at the noised sample, over the chosen parameters in order of registration.
+    The network runs in evaluation mode. Results do not depend on ``batch_rows`` or on the order of
+    samples, up to rounding.
+
+    Args:
+        denoiser: The model.
+        functional: A callable, where ``config.functional`` is ``custom``.
+        method: ``fused``, ``vmap`` or ``loop``: the same numbers at different cost.
+        batch_rows: (Sample, timestep) pairs that pass through the network at once.
+        channels_last: Keep the network and its input in that memory format (changes the module's
+            parameters' strides).
+        unknown: What ``fused`` does with parameters that it has no rule for.
+
+    Source: DAS (arXiv:2410.18639); the order of normalising, averaging and projecting is that of
+    the release.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        config: FeatureConfig | None = None,
+        *,
+        functional: Functional | None = None,
+        method: GradientMethod = "fused",
+        batch_rows: int = 64,
+        channels_last: bool = False,
+        unknown: UnknownUse = "vmap",
+    ) -> None:
+        self.denoiser, self.config = denoiser, config or FeatureConfig()
+        if (functional is None) == (self.config.functional == "custom"):
+            raise ConfigError("a callable functional goes with functional = 'custom', and only so")
+        if batch_rows < 1:
+            raise ConfigError(f"batch_rows must be at least 1, got {batch_rows}")
+        self.batch_rows = batch_rows
+        self._functional = functional
+        denoiser.module.eval()
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            denoiser.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.levels = noise_levels(
+            denoiser, self.config.timesteps, self.config.strategy, self.config.sigmas
+        )
+        self.objective = DenoiserObjective(
+            denoiser, functional or self.config.functional, self.config.prediction
+        )
+        parameters = select_parameters(denoiser.module, self.config.params)
+        self.projector = make_projector(
+            self.config.projection, [tuple(p.shape) for p in parameters.values()]
+        )
+        self.gradients = make_gradients(
+            method,
+            denoiser.module,
+            self.objective,
+            parameters,
+            self.projector,
+            norms=self.config.norm_kind,
+            unknown=unknown,
+        )
+
+    @property
+    def dim(self) -> int:
+        """Entries of a feature."""
+        return self.projector.dim
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Everything that decides the features, as plain values: features mix only if it is equal."""
+        values = config_to_dict(self.config)
+        # The grid itself says what was asked, however it was asked for.
+        for name in ("timesteps", "strategy", "sigmas", "norms"):
+            del values[name]
+        function = self._functional
+        return values | {
+            "functional": self.config.functional
+            if function is None
+            else f"{function.__module__}.{function.__qualname__}",  # type: ignore[attr-defined]
+            "norms": self.config.norm_kind if self.config.normalise else "none",
+            "timesteps": list(self.levels.timesteps),
+            "sigmas": [float(f"{sigma:.9g}") for sigma in self.levels.sigmas.tolist()],
+            "parameters": fingerprint(
+                [[name, list(shape)] for name, shape, _ in self.gradients.layout]
+            ),
+            "num_params": self.gradients.layout.size,
+            "model": self.denoiser.fingerprint,
+            "model_dtype": str(getattr(self.denoiser, "dtype", torch.float32)).removeprefix(
+                "torch."
+            ),
+        }
+
+    def __call__(
+        self,
+        clean: Float[Tensor, "n c h w"],
+        indices: Sequence[int],
+        condition: Tensor | None = None,
+        *,
+        role: str = "train",
+    ) -> Features:
+        """Features of clean samples.
+
+        Args:
+            clean: What ``denoiser.encode`` gives of images.
+            indices: Position of each in its data set; decides slot and independent noise.
+            condition: What ``denoiser.condition`` gives of class weights; None if unconditional.
+            role: ``train`` or ``query``: keeps independent noise apart.
+
+        Raises:
+            DataError: lengths that differ.
+            NumericalError: a gradient with NaN or infinity.
+        """
+        samples, levels = len(clean), len(self.levels.timesteps)
+        if len(indices) != samples or (condition is not None and len(condition) != samples):
+            raise DataError(
+                f"{samples} samples, {len(indices)} indices"
+                + ("" if condition is None else f", {len(condition)} conditions")
+            )
+        shape = tuple(clean.shape[1:])
+        noise = {
+            t: attribution_noise(
+                self.config.noise,
+                self.config.noise_seed,
+                t,
+                indices,
+                shape,
+                role=role,
+                slot_batch=self.config.slot_batch,
+            )
+            for t in self.levels.timesteps
+        }
+        parts: list[GradientBatch] = []
+        for start in range(0, samples * levels, self.batch_rows):
+            rows = torch.arange(start, min(start + self.batch_rows, samples * levels))
+            sample, level = rows // levels, rows % levels
+            drawn = [
+                noise[self.levels.timesteps[at]][i]
+                for i, at in zip(sample.tolist(), level.tolist(), strict=True)
+            ]
+            parts.append(
+                self.rows(
+                    clean[sample.to(clean.device)],
+                    torch.stack(drawn),
+                    level,
+                    None if condition is None else condition[sample.to(condition.device)],
+                )
+            )
+        vectors = torch.cat([part.vectors for part in parts]) if parts else clean.new_empty(0)
+        norms = torch.cat([part.norms for part in parts]) if parts else clean.new_empty(0)
+        return Features(
+            average_over_timesteps(
+                vectors.reshape(samples, levels, self.dim),
+                norms.reshape(samples, levels) if self.config.normalise else None,
+            ),
+            _table([part.extras for part in parts], samples, levels),
+            _table([part.values for part in parts], samples, levels),
+        )
+
+    def rows(
+        self,
+        clean: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b c h w"],
+        level: Tensor,
+        condition: Tensor | None = None,
+    ) -> GradientBatch:
+        """Projected gradients of single (sample, timestep) rows.
+
+        Args:
+            level: Which of ``levels`` each row is at, int [b].
+        """
+        device = next(self.denoiser.module.parameters()).device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        level = level.cpu()
+        inputs = self.objective.inputs(
+            clean.to(device, memory_format=self._format),
+            noise.to(device, memory_format=self._format),
+            self.levels.sigmas[level].to(device, wide),
+            self.levels.weights[level].to(device, wide),
+            None if condition is None else condition.to(device),
+        )
+        return self.gradients(*inputs)
+
+
+def average_over_timesteps(
+    vectors: Float[Tensor, "n t k"], norms: Float[Tensor, "n t"] | None
+) -> Float[Tensor, "n k"]:
+    """Mean over timesteps of (projected) gradients, each divided by its norm if norms are given."""
+    if norms is not None:
+        vectors = vectors / (norms[..., None] + NORM_EPSILON)
+    return vectors.mean(dim=1)
+
+
+def make_gradients(
+    method: GradientMethod,
+    module: torch.nn.Module,
+    objective: Objective,
+    parameters: dict[str, torch.nn.Parameter],
+    projector: Projector | None = None,
+    *,
+    norms: NormKind = "exact",
+    unknown: UnknownUse = "vmap",
+) -> PerSampleGradients:
+    """Per-sample gradients by one of three methods that give the same numbers.
+
+    Raises:
+        ConfigError: unknown method.
+    """
+    if method == "fused":
+        return FusedGradients(
+            module, objective, parameters, projector, norms=norms, unknown=unknown
+        )
+    if method not in ("vmap", "loop"):
+        raise ConfigError(f"unknown gradient method '{method}': use fused, vmap or loop")
+    cls = VmapGradients if method == "vmap" else LoopGradients
+    return cls(module, objective, parameters, projector, norms=norms)
+
+
+def _table(columns: list[Tensor], samples: int, levels: int) -> Float[Tensor, "n t"]:
+    joined = torch.cat(columns) if columns else torch.empty(0)
+    return joined.float().reshape(samples, levels)
