@@ -3,7 +3,7 @@
     python pipelines/csm.py run --preset digits --out runs/digits
     accelerate launch --num_processes 4 pipelines/csm.py run --preset cifar10 --out runs/cifar10
 
-Reads a checkpoint and real images; writes images/, annotations/ and dataset/ under ``--out``.
+Reads a checkpoint and real images; writes generated/, annotations/ and dataset/ under ``--out``.
 The same as ``diffcal csm``; the method itself is in ``diffcal/workflows/csm.py``.
 """
 

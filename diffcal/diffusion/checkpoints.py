@@ -20,6 +20,7 @@ from diffcal.errors import ArtifactError, CheckpointError, ConfigError
 
 __all__ = [
     "FORMAT",
+    "bundled_checkpoint",
     "compare_layout",
     "empty_network",
     "load_denoiser",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 FORMAT = "diffcal-denoiser/1"
+BUNDLED = "bundled:"
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -119,7 +121,8 @@ def load_denoiser(
     """Denoiser of a checkpoint folder of ours, a diffusers folder, or a diffusers hub name.
 
     Args:
-        source: Folder, or hub name ``owner/name``.
+        source: Folder, hub name ``owner/name``, or ``bundled:NAME`` for weights that come with
+            diffcal (see :func:`bundled_checkpoint`).
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         dtype: ``float32``, or ``bfloat16``/``float16`` for autocast around the network.
         options: For diffusers models only: see
@@ -129,6 +132,8 @@ def load_denoiser(
         CheckpointError: no checkpoint there, or it is damaged.
         ConfigError: unknown device, number format or option.
     """
+    if str(source).startswith(BUNDLED):
+        source = bundled_checkpoint(str(source).removeprefix(BUNDLED))
     folder = Path(source)
     if folder.is_file():
         raise CheckpointError(
@@ -153,6 +158,21 @@ def load_denoiser(
             "model.safetensors, a diffusers folder, or a hub name owner/name"
         )
     return load_diffusers_denoiser(source, device=device, dtype=dtype, **options)
+
+
+def bundled_checkpoint(name: str) -> Path:
+    """Folder of small weights that come with diffcal: in an installed wheel, or in the repository.
+
+    Raises:
+        CheckpointError: there are none of this name.
+    """
+    package = Path(__file__).parents[1]
+    places = (package / "bundled", package.parent / "checkpoints")
+    for place in places:
+        if (place / name / "config.json").is_file():
+            return place / name
+    known = sorted({p.parent.name for place in places for p in place.glob("*/config.json")})
+    raise CheckpointError(f"diffcal comes with no checkpoint '{name}'; it has {', '.join(known)}")
 
 
 def empty_network(config: Mapping[str, Any]) -> Preconditioner:

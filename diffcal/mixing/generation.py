@@ -41,7 +41,7 @@ def fixed_rows(sample_shape: tuple[int, ...]) -> int:
     size keeps activations of a U-Net in the cache.
     """
     channels, height, width = sample_shape
-    return 1 << max(3, min(8, (1 << 16) // (channels * height * width)).bit_length() - 1)
+    return 1 << max(3, min(8, ((1 << 16) // (channels * height * width)).bit_length() - 1))
 
 
 def generate_images(
@@ -66,6 +66,8 @@ def generate_images(
         ConfigError: the model cannot be mixed in this way.
         NumericalError: NaN or infinity from the network; names the groups.
     """
+    if denoiser.condition_kind == "none":
+        raise ConfigError("the model is unconditional: it has no classes to mix")
     device = next(denoiser.module.parameters()).device
     pad = device.type == "cpu"
     size = fixed_rows(denoiser.sample_shape) if pad else config.batch_size

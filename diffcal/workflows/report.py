@@ -29,7 +29,15 @@ from diffcal.workflows.html import (
     table,
 )
 
-__all__ = ["ReportConfig", "ReportModel", "calibration_report", "report_data", "report_page"]
+__all__ = [
+    "ReportConfig",
+    "ReportModel",
+    "calibration_report",
+    "report_data",
+    "report_model",
+    "report_page",
+    "report_sections",
+]
 
 HEADLINE = ("accuracy", "nll", "brier", "ece", "ece_mass", "cw_ece", "smece", "aurc")
 SHORT = {"ece_mass": "Adaptive ECE", "aurc": "AURC"}
@@ -176,13 +184,23 @@ def report_page(
         f"({config.n_resamples} resamples, basic method; for an ECE "
         "near the noise floor they cover less than they claim). Bins are (lower, upper]; float64.",
     )
-    page.section("Summary", *_summary(models, config))
-    page.section("Reliability", *_reliability(models, config))
-    page.section("Confidence and selective prediction", *_confidence(models))
-    if all(model.predictions.classes <= 1000 for model in models):
-        page.section("Classes", *_classes(models, config, class_names))
-    page.section("All measures", *_all(models, config))
+    for title, blocks in report_sections(models, config, class_names):
+        page.section(title, *blocks)
     return page
+
+
+def report_sections(
+    models: Sequence[ReportModel], config: ReportConfig, class_names: Sequence[str] = ()
+) -> list[tuple[str, list[str | Html]]]:
+    """Titles and blocks of a report, for pages that say more than that."""
+    sections = [
+        ("Summary", _summary(models, config)),
+        ("Reliability", _reliability(models, config)),
+        ("Confidence and selective prediction", _confidence(models)),
+    ]
+    if all(model.predictions.classes <= 1000 for model in models):
+        sections.append(("Classes", _classes(models, config, class_names)))
+    return [*sections, ("All measures", _all(models, config))]
 
 
 def _summary(models: Sequence[ReportModel], config: ReportConfig) -> list[str | Html]:

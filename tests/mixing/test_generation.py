@@ -1,0 +1,81 @@
+"""Generated images: shared noise, pure ends, symmetry, and independence of the batch."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffcal.diffusion.samplers import SamplerConfig, sample
+from diffcal.errors import ConfigError, NumericalError
+from diffcal.mixing.conditions import ConditionConfig
+from diffcal.mixing.generation import GenerationConfig, fixed_rows, generate_images
+from diffcal.mixing.plan import MixPlan, PlanConfig
+from tiny_edm import tiny_edm
+
+SAMPLER = SamplerConfig(steps=4)
+
+
+def images_of(denoiser, items, members=4, mode="label", sampler=SAMPLER, only=(), seed=0):
+    plan = MixPlan(PlanConfig(groups=40, members=members, only=only), denoiser.class_names, seed)
+    config = GenerationConfig(condition=ConditionConfig(mode=mode), sampler=sampler)
+    parts = [images for _, images in generate_images(denoiser, plan, items, config)]
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("mode", ["label", "score", "schedule"])
+def test_pure_members_are_plain_conditional_samples(mode):
+    denoiser = tiny_edm()
+    images = images_of(denoiser, range(4), mode=mode)
+    plan = MixPlan(PlanConfig(groups=40, members=4), denoiser.class_names)
+    noise = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(plan[0].seed))
+    for member, name in ((0, 1), (3, 0)):  # lambda 0 is the second class of the pair (0, 1)
+        condition = denoiser.condition(torch.eye(3)[[name]])
+        plain = denoiser.decode(sample(denoiser, noise, condition, SAMPLER).float())[0].numpy()
+        assert np.abs(images[member].astype(int) - plain.astype(int)).max() <= 1
+    assert (images[0] != images[3]).any()
+
+
+def test_images_do_not_depend_on_where_a_run_is_cut():
+    denoiser = tiny_edm()
+    rows = fixed_rows(denoiser.sample_shape)
+    whole = images_of(denoiser, range(rows + 30), members=26)
+    padded = images_of(denoiser, range(30), members=26)
+    np.testing.assert_array_equal(padded, whole[:30])
+    tail = images_of(denoiser, range(rows, rows + 30), members=26)
+    np.testing.assert_array_equal(tail, whole[rows:])
+
+
+def test_churn_noise_is_shared_by_the_members_of_a_group():
+    denoiser = tiny_edm(classes=2)
+    with torch.no_grad():  # without conditions all members must be one image
+        for name, parameter in denoiser.module.named_parameters():
+            if "map_label" in name:
+                parameter.zero_()
+    churned = SamplerConfig(steps=4, s_churn=10.0)
+    images = images_of(denoiser, range(8), members=4, sampler=churned)
+    np.testing.assert_array_equal(images[:4], images[[0, 0, 0, 0]])
+    assert (images[0] != images[4]).any()
+    assert (images[0] != images_of(denoiser, range(4), members=4)[0]).any()
+
+
+def test_seeds_decide_the_noise():
+    denoiser = tiny_edm()
+    assert (images_of(denoiser, range(4)) != images_of(denoiser, range(4), seed=1)).any()
+
+
+def test_nan_names_the_groups():
+    denoiser = tiny_edm()
+    with torch.no_grad():
+        next(denoiser.module.parameters()).fill_(float("nan"))
+    with pytest.raises(NumericalError, match=r"groups 0 to 1: .*sigma"):
+        images_of(denoiser, range(8))
+
+
+def test_unconditional_models_cannot_be_mixed():
+    denoiser = tiny_edm(classes=0)
+    plan = MixPlan(PlanConfig(), ("a", "b"))
+    with pytest.raises(ConfigError, match="unconditional"):
+        next(generate_images(denoiser, plan, range(8), GenerationConfig()))
+
+
+def test_rows_of_a_call_follow_the_image_size():
+    assert [fixed_rows((3, s, s)) for s in (8, 16, 32, 64, 512)] == [256, 64, 16, 8, 8]
