@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from diffcal.core.devices import resolve_device, resolve_dtype
@@ -157,7 +158,7 @@ def load_transformers_encoder(
                 str(source), use_safetensors=True, output_loading_info=True
             )
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"encoder '{source}' cannot be loaded ({first}); give a local folder or a hub name of "
