@@ -141,46 +141,53 @@ class FusedGradients(PerSampleGradients):
 
     def _check(self, pair: tuple[Tensor, ...]) -> None:
         """Compare the gradient of the first of two rows with autograd's, parameter by parameter."""
+        pair = tuple(
+            t.detach().requires_grad_() if t.is_floating_point() else t.detach() for t in pair
+        )
         with requiring_grad(self.module, self.parameters):
             values, _ = self.objective(*pair)
-            leaves = list(self.parameters.values())
-            wanted = torch.autograd.grad(values[0], leaves, materialize_grads=True)
-            half = values.dtype not in (torch.float32, torch.float64)
-        while True:
-            seen = _Blocks(2, self)
-            try:
-                self._pass(pair, seen, weights=values.new_tensor([1.0, 0.0]))
-            except _ChangedInPlace as changed:
-                self._copied.add(str(changed))
-                continue
-            break
-        tolerance = _CHECK_HALF if half or _is_autocast(self.objective) else _CHECK
-        # Relative to the largest block: what is nothing but rounding has no direction to compare.
-        floor = 0.01 * tolerance * max(float(w.norm()) for w in wanted)
+            leaves = [*self.parameters.values(), *(t for t in pair if t.requires_grad)]
+            found = torch.autograd.grad(values[0], leaves, materialize_grads=True)
+        wanted, by_input = found[: len(self.parameters)], found[len(self.parameters) :]
+        if any(bool(gradient[1].any()) for gradient in by_input):
+            raise ConfigError(
+                f"rows of a batch influence each other in {type(self.module).__name__}: its "
+                "per-sample gradients are not defined"
+            )
+        seen = self._blocks(tuple(t.detach() for t in pair), values.detach().new_tensor([1.0, 0.0]))
+        half = values.dtype not in (torch.float32, torch.float64)
+        tolerance = _CHECK_HALF if half or getattr(self.objective, "is_half", False) else _CHECK
+        # What is nothing but rounding (a bias before a norm) has no direction to compare.
+        floor = _CHECK_FLOOR * tolerance * max(float(gradient.norm()) for gradient in wanted)
         bad = {}
         for (name, parameter), gradient in zip(self.parameters.items(), wanted, strict=True):
             if name in self.slow_parameters:
                 continue
-            block = seen.blocks.get(name)
-            found = parameter.new_zeros(2, parameter.numel()) if block is None else block.flatten(1)
+            block = seen.get(name)
+            rows = parameter.new_zeros(2, parameter.numel()) if block is None else block
             size = float(gradient.norm())
-            if float(found[1].norm()) > tolerance * size + floor:
-                raise ConfigError(
-                    f"rows of a batch influence each other through '{name}': per-sample gradients "
-                    "are not defined for this module"
+            off = float((rows[0] - gradient.flatten()).norm()), float(rows[1].norm())
+            if not max(off) <= tolerance * size + floor:
+                bad[name] = (
+                    f"off by {off[0]:.1e} of {size:.1e} in its own row and {off[1]:.1e} in another"
                 )
-            off = float((found[0] - gradient.flatten()).norm())
-            if not off <= tolerance * size + floor:
-                bad[name] = f"differs from autograd by {off / max(size, 1e-30):.1e}"
         self._hand_over(bad)
 
+    def _blocks(self, inputs: tuple[Tensor, ...], weights: Tensor) -> dict[str, Tensor]:
+        """Whole gradients of weighted rows, by parameter."""
+        while True:
+            seen = _Blocks(len(inputs[0]), self)
+            try:
+                self._pass(inputs, seen, weights)
+            except _ChangedInPlace as changed:
+                self._copied.add(str(changed))
+                continue
+            return seen.blocks
 
-_CHECK = 1e-3
+
+_CHECK = 1e-3  # largest relative error of a parameter's gradient in the check of the first batch
 _CHECK_HALF = 5e-2
-
-
-def _is_autocast(objective: Objective) -> bool:
-    return bool(getattr(objective, "is_half", False))
+_CHECK_FLOOR = 1e-2  # and in units of that error of the largest parameter's
 
 
 class _ChangedInPlace(Exception):

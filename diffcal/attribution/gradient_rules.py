@@ -235,7 +235,7 @@ def _instance_norm(taps: Taps, args: Any, kwargs: Any) -> tuple[Tensor, list[Par
     output = F.instance_norm(x, mean, variance, weight, bias, by_instance, momentum, eps)
 
     def normalise(t: Tensor) -> Tensor:
-        if by_instance:
+        if by_instance or mean is None:
             return F.instance_norm(t, eps=eps)
         return F.batch_norm(t, mean.to(t.dtype), variance.to(t.dtype), eps=eps)
 
