@@ -1,5 +1,6 @@
 """A run folder fabricated from real digits: groups of blends with plausible annotations."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -14,8 +15,12 @@ from diffcal.data.images import encode_png
 NAMES = tuple("0123456789")
 
 
+@functools.cache
 def blended_digits(groups, members=5, seed=0):
-    """``(columns, annotation)``: lists of one entry per image, as the stages write them."""
+    """``(columns, annotation)``: lists of one entry per image, as the stages write them.
+
+    Shared between tests: read only.
+    """
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16))
     rng = np.random.default_rng(seed)

@@ -164,7 +164,13 @@ class SoftLabelSet:
         """
         import pyarrow as pa
 
-        return pa.concat_tables([table for _, table in self.file_columns(names)])
+        tables = [table for _, table in self.file_columns(names)]
+        for path, table in zip(self.files, tables, strict=True):
+            if table.schema != tables[0].schema:
+                raise DataError(
+                    f"'{path}' has columns of other types than '{self.files[0]}'; publish it again"
+                )
+        return pa.concat_tables(tables)
 
     def file_columns(self, names: Sequence[str]) -> "Iterator[tuple[int, pa.Table]]":
         """The same file by file: number of the first row, and the columns.

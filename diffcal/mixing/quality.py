@@ -65,7 +65,8 @@ class FilterConfig:
     @property
     def active(self) -> bool:
         """True if any threshold is set."""
-        return any(getattr(self, field.name) not in (None, False) for field in fields(self))
+        values = (getattr(self, field.name) for field in fields(self))
+        return any(value is not None and value is not False for value in values)
 
     def keep(self, columns: Mapping[str, Any]) -> np.ndarray:
         """Bool ``[n]``: rows that pass every threshold; a null (None or NaN) passes.

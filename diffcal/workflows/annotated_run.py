@@ -83,18 +83,8 @@ class AnnotatedRun:
             ArtifactError: unreadable, columns missing, other images than those annotated, or soft
                 labels that are no distributions over the classes.
         """
-        try:
-            table = pq.read_table(images, columns=list(_CARRIED))
-            annotated = pq.read_table(annotation, columns=["id", *_ANNOTATED])
-        except (OSError, pa.ArrowException) as error:
-            raise ArtifactError(f"'{images}' or '{annotation}' cannot be read: {error}") from error
-        for path, found, wanted in (
-            (images, table, _CARRIED),
-            (annotation, annotated, ("id", *_ANNOTATED)),
-        ):
-            missing = [name for name in wanted if name not in found.column_names]
-            if missing:
-                raise ArtifactError(f"'{path}' lacks the columns {', '.join(missing)}")
+        table = _read(images, _CARRIED)
+        annotated = _read(annotation, ("id", *_ANNOTATED))
         if not table["id"].equals(annotated["id"]):
             raise ArtifactError(f"'{annotation}' does not annotate the images of '{images}'")
         for name in _ANNOTATED:
@@ -116,3 +106,14 @@ class AnnotatedRun:
 def quality_columns(table: pa.Table) -> dict[str, list[Any]]:
     """Quality columns as lists, None for null: what a filter reads."""
     return {name: table[name].to_pylist() for name in QUALITY_COLUMNS}
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> pa.Table:
+    try:
+        file = pq.ParquetFile(path)
+        missing = [name for name in columns if name not in file.schema_arrow.names]
+        if missing:
+            raise ArtifactError(f"'{path}' lacks the columns {', '.join(missing)}")
+        return file.read(columns=list(columns)).select(list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise ArtifactError(f"'{path}' cannot be read: {error}") from error

@@ -192,7 +192,7 @@ def _draw_step(
 
     small: dict[str, Any] = {"fontsize": 7.4}
     if len(ladder.classes) == 2:
-        write(0, 0.17, f"λ {step.weights[0]:.2f}", color=MUTED, ha="left", **small)
+        write(0.0, 0.17, f"λ {step.weights[0]:.2f}", color=MUTED, ha="left", **small)
         if step.lambda_hat is not None:
             text = rf"$\hat\lambda$ {step.lambda_hat:.2f}".replace("-", "−")
             write(side, 0.17, text, color=INK, ha="right", **small)
@@ -222,7 +222,7 @@ def _draw_step(
         y = 0.45 + LINE * line
         weight = "bold" if line == 0 else "normal"
         colour = INK if line == 0 else MUTED
-        write(0, y, _short(name, 11), color=colour, ha="left", fontweight=weight, **small)
+        write(0.0, y, _short(name, 11), color=colour, ha="left", fontweight=weight, **small)
         write(side, y, f"{probability:.2f}", color=colour, ha="right", fontweight=weight, **small)
 
 

@@ -135,10 +135,11 @@ class _Tally:
 
 
 def _tally(inputs: AnnotatedRun, filter: FilterConfig) -> _Tally:
+    values = {item.name: getattr(filter, item.name) for item in fields(filter)}
     thresholds = {
-        item.name: replace(FilterConfig(), **{item.name: getattr(filter, item.name)})
-        for item in fields(filter)
-        if getattr(filter, item.name) not in (None, False)
+        name: replace(FilterConfig(), **{name: value})
+        for name, value in values.items()
+        if value is not None and value is not False  # 0.0 is a threshold
     }
     tally = _Tally(SoftLabelStatistics(len(inputs.class_names)), [], dict.fromkeys(thresholds, 0))
     with progress_bar(len(inputs), "check labels", unit="shard") as bar:

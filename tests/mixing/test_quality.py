@@ -153,6 +153,7 @@ def test_filters_keep_what_passes_and_what_is_not_known():
     ):
         assert FilterConfig(**config).keep(columns).tolist() == [bool(v) for v in wanted]
         assert FilterConfig(**config).active == bool(config)
+    assert FilterConfig(max_residual=0.0).active
     with pytest.raises(DataError, match="lacks"):
         FilterConfig(max_residual=1.0).keep({"third_mass": [0.1]})
     for wrong in ({"max_third_mass": 1.5}, {"max_residual": -1.0}, {"min_group_spearman": 2.0}):
