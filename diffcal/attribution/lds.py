@@ -21,6 +21,7 @@ __all__ = [
     "linear_datamodeling_score",
     "predictions_of",
     "spearman",
+    "spread_of",
     "stream_predictions",
 ]
 
@@ -151,9 +152,9 @@ def linear_datamodeling_score(
     return LDS(
         per_query=per_query,
         mean=float(per_query.mean()),
-        over_subsets=_spread(torch.cat(by_subset), level),
-        over_queries=_spread(per_query[columns].mean(dim=1), level),
-        over_both=_spread(torch.cat(by_both), level),
+        over_subsets=spread_of(torch.cat(by_subset), level),
+        over_queries=spread_of(per_query[columns].mean(dim=1), level),
+        over_both=spread_of(torch.cat(by_both), level),
         subsets=subsets,
         queries=queries,
     )
@@ -195,7 +196,8 @@ def require_table(masks: Tensor, losses: Tensor) -> Float64[Tensor, "s q"]:
     return require_finite(losses, "losses").double().cpu()
 
 
-def _spread(draws: Tensor, level: float) -> Spread:
+def spread_of(draws: Float[Tensor, " r"], level: float = 0.95) -> Spread:
+    """Standard deviation and percentile interval of bootstrap draws."""
     tail = (1 - level) / 2
     low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=draws.dtype)).tolist()
     sd = float(draws.std())

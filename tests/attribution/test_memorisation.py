@@ -1,0 +1,101 @@
+"""Copies, dominated images and harmless ones, told apart by attribution times likeness."""
+
+import pytest
+import torch
+
+from diffcal.attribution.memorisation import flag_memorised, memorisation_report
+from diffcal.attribution.scores import ScoreBlock
+from diffcal.errors import ConfigError, DataError, NumericalError
+
+
+def blocks(values, size=4):
+    for start in range(0, values.shape[1], size):
+        yield ScoreBlock(start, values[:, start : start + size])
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_numbers_of_a_small_case():
+    scores = torch.tensor([[6.0, 2.0, -5.0, 0.0, 2.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
+    likeness = torch.tensor([[0.5, 0.9, 1.0, 0.1, -0.9], [0.0, 0.2, 0.8, 0.6, 0.4]])
+    report = memorisation_report(blocks(scores, 2), blocks(likeness, 2), top=2, neighbours=3)
+    assert report.top_index.tolist() == [[0, 1], [0, 1]]
+    torch.testing.assert_close(
+        report.top_share, torch.tensor([[0.6, 0.2], [0.2, 0.2]], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        report.contributors, torch.tensor([100 / 44, 5.0], dtype=torch.float64)
+    )
+    assert report.nearest_index.tolist() == [2, 2]
+    assert report.nearest.tolist() == pytest.approx([1.0, 0.8])
+    assert report.isolation.tolist() == pytest.approx([1 - (0.9 + 0.5) / 2, 0.8 - (0.6 + 0.4) / 2])
+    # Products: the negative score and the negative likeness count as none.
+    assert report.copy_score.tolist() == pytest.approx([6 * 0.5 / 10, 0.8 / 5])
+    assert report.copy_index.tolist() == [0, 2]
+    assert report.dominance.tolist() == pytest.approx([0.6, 0.2])
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_blocks_change_nothing(size):
+    scores, likeness = normal(4, 23).square(), normal(4, 23, seed=1).tanh()
+    whole = memorisation_report(blocks(scores, 100), blocks(likeness, 100))
+    parts = memorisation_report(blocks(scores, size), blocks(likeness, size))
+    for name in vars(whole):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-12, atol=0)
+
+
+def test_planted_copies_are_flagged_and_harmless_images_are_not():
+    n, q = 200, 30
+
+    def world(seed, copies=()):
+        scores, likeness = (
+            normal(q, n, seed=seed).square(),
+            0.3 * normal(q, n, seed=seed + 50).tanh(),
+        )
+        for query in copies:
+            scores[query, 7] = 3 * scores[query].sum()
+            likeness[query, 7] = 0.98
+        return memorisation_report(blocks(scores), blocks(likeness))
+
+    reference = memorisation_report(
+        blocks(normal(300, n, seed=9).square()), blocks(0.3 * normal(300, n, seed=10).tanh())
+    )
+    flags = flag_memorised(world(1, copies=(3, 12)), reference, quantile=0.99)
+    for name in ("near_copy", "dominated", "memorised"):
+        flagged = flags[name].nonzero()[:, 0].tolist()
+        assert {3, 12} <= set(flagged)
+        assert len(flagged) <= 4
+    assert int(flag_memorised(world(2), reference)["memorised"].sum()) <= 2
+    # Dominated by an image that does not resemble, or alike without attribution: not a copy.
+    scores, likeness = normal(1, n, seed=4).square(), 0.3 * normal(1, n, seed=5).tanh()
+    scores[0, 7], likeness[0, 7] = 3 * scores.sum(), 0.0
+    lone = flag_memorised(memorisation_report(blocks(scores), blocks(likeness)), reference)
+    assert lone["dominated"].tolist() == [True]
+    assert lone["memorised"].tolist() == [False]
+
+
+def test_bad_input_is_one_clear_line():
+    scores, likeness = normal(2, 6).square(), normal(2, 6)
+    with pytest.raises(DataError, match="cover different queries or training rows"):
+        memorisation_report(blocks(scores, 2), blocks(likeness, 3))
+    with pytest.raises(DataError, match="cover different queries or training rows"):
+        memorisation_report(blocks(scores), blocks(likeness[:, :4]))
+    with pytest.raises(DataError, match="there are no scores"):
+        memorisation_report([], [])
+    with pytest.raises(DataError, match="query 1 has no positive score"):
+        memorisation_report(blocks(torch.stack([scores[0], -scores[1]])), blocks(likeness))
+    with pytest.raises(ConfigError, match="neighbours at least 2"):
+        memorisation_report(blocks(scores), blocks(likeness), neighbours=1)
+    bad = likeness.clone()
+    bad[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match="likeness: 1 of 8"):
+        memorisation_report(blocks(scores), blocks(bad))
+    report = memorisation_report(blocks(scores), blocks(likeness))
+    with pytest.raises(
+        ConfigError, match=r"2 reference images cannot tell the 0\.99 quantile: give at least 100"
+    ):
+        flag_memorised(report, report)
+    with pytest.raises(ConfigError, match="strictly between"):
+        flag_memorised(report, report, 1.0)
