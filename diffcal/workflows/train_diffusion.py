@@ -29,6 +29,8 @@ from diffcal.errors import ArtifactError, ConfigError
 
 __all__ = ["NetworkConfig", "TrainDiffusionConfig", "train_diffusion"]
 
+STATE_FORMAT = "diffcal-training-state/2"
+
 logger = logging.getLogger(__name__)
 
 
@@ -240,12 +242,9 @@ def _draw_samples(checkpoint: Path, path: Path, config: TrainDiffusionConfig) ->
 
 def _save(folder: Path, trainer: DiffusionTrainer, log: "_LossLog") -> None:
     path = folder / f"step-{trainer.step:08d}.safetensors"
-    metadata = {
-        "format": "diffcal-training-state/1",
-        "step": str(trainer.step),
-        "loss_window": json.dumps(log.window),
-    }
-    data = save(trainer.tensors(), metadata=metadata)
+    # One entry: safetensors writes several in an order that changes from call to call.
+    progress = {"format": STATE_FORMAT, "step": trainer.step, "loss_window": log.window}
+    data = save(trainer.tensors(), metadata={"progress": json.dumps(progress)})
     write_atomic(path, lambda file: file.write(data))
     for other in folder.iterdir():
         if other != path:
@@ -261,8 +260,12 @@ def _restore(folder: Path, trainer: DiffusionTrainer, log: "_LossLog") -> None:
         with safe_open(states[-1], framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        trainer.restore(tensors, int(metadata["step"]))
-        log.cut_to(trainer.step, json.loads(metadata["loss_window"]))
+        if metadata.get("format") == "diffcal-training-state/1":
+            progress = {key: json.loads(metadata[key]) for key in ("step", "loss_window")}
+        else:
+            progress = json.loads(metadata["progress"])
+        trainer.restore(tensors, progress["step"])
+        log.cut_to(trainer.step, progress["loss_window"])
     except Exception as error:
         raise ArtifactError(
             f"training state '{states[-1]}' cannot be read ({error}); delete it to start again"
