@@ -29,7 +29,8 @@ class TopScores:
     def update(self, block: ScoreBlock) -> "TopScores":
         """Take in a block."""
         values = block.values.cpu()
-        index = torch.arange(block.start, block.start + values.shape[1]).expand(len(values), -1)
+        index = self._best(values)
+        values, index = values.gather(1, index), index + block.start
         if self._values is not None and self._index is not None:
             values = torch.cat([self._values, values], dim=1)
             index = torch.cat([self._index, index], dim=1)
@@ -38,6 +39,20 @@ class TopScores:
         order = values.argsort(dim=1, descending=self.largest, stable=True)[:, : self.k]
         self._values, self._index = values.gather(1, order), index.gather(1, order)
         return self
+
+    def _best(self, values: Tensor) -> Tensor:
+        """Columns of the best k of a block. A partial sort, except where ties decide."""
+        k = min(self.k, values.shape[1])
+        best, index = values.topk(k, dim=1, largest=self.largest)
+        if k == values.shape[1]:
+            return index
+        last = best[:, -1:]
+        reaching = (values >= last) if self.largest else (values <= last)
+        tied = reaching.sum(dim=1) > k
+        if bool(tied.any()):
+            order = values[tied].argsort(dim=1, descending=self.largest, stable=True)
+            index[tied] = order[:, :k]
+        return index
 
     @property
     def values(self) -> Float[Tensor, "q k"]:
