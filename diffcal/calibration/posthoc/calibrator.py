@@ -20,9 +20,6 @@ from diffcal.errors import CheckpointError, ConfigError, DataError
 
 __all__ = ["Calibrator", "Criterion", "FitData", "NotFittedError", "criterion_value"]
 
-BLOCK_ELEMENTS = 1 << 18
-"""Entries of a block of rows, so that temporaries stay in the cache."""
-
 Criterion = Literal["nll", "brier", "ece"]
 """What a search minimises on validation data: cross-entropy, Brier score, or the 15-bin ECE."""
 
@@ -109,6 +106,8 @@ class Calibrator(ABC):
     """Whether the output is a softmax of calibrated logits (else log-probabilities stand for them)."""
     single_precision: ClassVar[bool] = False
     """Whether float32 input is computed in float32."""
+    block_elements: ClassVar[int] = 1 << 18
+    """Entries of a block of rows, so that temporaries stay in the cache."""
 
     def __post_init__(self) -> None:
         self._classes = 0
@@ -246,7 +245,7 @@ class Calibrator(ABC):
         return out.numpy() if isinstance(logits, np.ndarray) else out
 
     def _row_blocks(self, n: int, k: int) -> Iterator[slice]:
-        size = max(1, BLOCK_ELEMENTS // k)
+        size = max(1, self.block_elements // k)
         for start in range(0, n, size):
             yield slice(start, min(start + size, n))
 

@@ -104,7 +104,8 @@ class ConsistencyCalibration(Calibrator):
             found, at_end = coarse_to_fine(loss, max(3 * float(margin.max()), LOWEST))
         else:
             high = max(10 * float(margin.median()), 10 * LOWEST)
-            found, at_end = smooth_minimum(loss, LOWEST, high)
+            tolerance = 1e-9 if exact else 1e-2  # samples make a rough loss
+            found, at_end = smooth_minimum(loss, LOWEST, high, tolerance=tolerance)
         if at_end:
             log.warning("noise scale %.4g lies at the end of the searched range", found)
         self.epsilon_ = torch.tensor(found, dtype=torch.float64)

@@ -23,6 +23,7 @@ __all__ = [
 Aggregation = Literal["consistency", "mean"]
 
 STREAM = "consistency"
+DRAW_ELEMENTS = 1 << 18
 
 
 def consistency_counts(
@@ -96,12 +97,16 @@ def sampled_consistency(
     """
     out = torch.empty(logits.shape, dtype=torch.float64)
     width = logits.shape[1] if factor is None else len(factor)
-    for i, row in enumerate(logits.detach().double().cpu()):
-        drawn = draw_noise(noise, (num_samples, width), row_generator(row, seed)).double()
-        if factor is not None:
-            drawn = drawn @ factor
+    shape = (num_samples, width)
+    z = logits.detach().double().cpu()
+    size = max(1, DRAW_ELEMENTS // (num_samples * max(width, z.shape[1])))
+    for start in range(0, len(z), size):
+        part = z[start : start + size]
+        drawn = torch.stack([draw_noise(noise, shape, row_generator(row, seed)) for row in part], 1)
+        changes = drawn.double() if factor is None else drawn.double() @ factor
         if aggregation == "mean":
-            out[i] = mean_probabilities(row[None], drawn[:, None], epsilon)[0]
+            out[start : start + size] = mean_probabilities(part, changes, epsilon)
         else:
-            out[i] = smoothed(consistency_counts(row[None], drawn[:, None], epsilon), smoothing)[0]
+            counts = consistency_counts(part, changes, epsilon)
+            out[start : start + size] = smoothed(counts, smoothing)
     return out.to(logits.device)

@@ -1,8 +1,9 @@
 """Ensemble temperature scaling: a mixture of scaled, plain and uniform predictions."""
 
 import itertools
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,11 +12,10 @@ from torch import Tensor
 
 from diffcal.calibration.metrics.temperature import fit_temperature
 from diffcal.calibration.posthoc.calibrator import Calibrator, FitData
+from diffcal.calibration.posthoc.newton import minimise_newton
 from diffcal.errors import ConfigError
 
 __all__ = ["EnsembleTemperatureScaling", "simplex_least_squares"]
-
-EM_STEPS = 10_000
 
 
 @dataclass(kw_only=True, eq=False)
@@ -23,8 +23,8 @@ class EnsembleTemperatureScaling(Calibrator):
     """``w₁ softmax(z/T) + w₂ softmax(z) + w₃/k`` with w on the simplex.
 
     T is fitted first, then w, both by the squared error (``mse``, as published and released) or both
-    by cross-entropy (``nll``). The weight problem is solved exactly: for ``mse`` by enumerating which
-    weights are zero, for ``nll`` by expectation-maximisation, which is monotone.
+    by cross-entropy (``nll``). The weight problem is convex and solved exactly, by trying which
+    weights are zero.
 
     Source: Zhang, Kailkhura and Han 2020 (arXiv:2003.07329), section 4.2. The squared error of the
     temperature need not be convex; the best of a grid of 80 temperatures is refined.
@@ -123,16 +123,43 @@ def _least_squares_temperature(z: Tensor, q: Tensor, bounds: tuple[float, float]
     return float(torch.tensor(best, dtype=torch.float64).exp())
 
 
-def _mixture_weights(parts: Tensor, q: Tensor) -> Tensor:
-    """EM for mixture weights of fixed predictions; soft labels count each class by its share."""
-    weights = parts.new_full((len(parts),), 1 / len(parts))
-    mass = q.sum()
-    for _ in range(EM_STEPS):
-        mixed = torch.einsum("wbk,w->bk", parts, weights)
-        ratio = torch.where(q > 0, q / mixed, 0)
-        new = weights * torch.einsum("wbk,bk->w", parts, ratio) / mass
-        moved = float((new - weights).abs().max())
-        weights = new / new.sum()
-        if moved < 1e-9:
-            break
-    return weights
+def _mixture_weights(parts: Float[Tensor, "w b k"], q: Float[Tensor, "b k"]) -> Tensor:
+    """Weights on the simplex that minimise the cross-entropy of the mixture, exactly.
+
+    Convex: for each set of non-zero weights by Newton steps within their plane; the best feasible
+    solution is the optimum.
+    """
+    count, n = len(parts), len(q)
+    best, best_value = parts.new_full((count,), 1 / count), math.inf
+    for size in range(1, count + 1):
+        for support in itertools.combinations(range(count), size):
+            i = torch.tensor(support, device=parts.device)
+            inside = parts[i]
+            along = inside[:-1] - inside[-1]  # raise one weight, lower the last
+
+            def mixture(v: Tensor, inside: Tensor = inside, along: Tensor = along) -> Tensor:
+                return inside.mean(dim=0) + torch.einsum("vbk,v->bk", along, v)
+
+            def value(v: Tensor, mixture: Any = mixture) -> float:
+                mixed = mixture(v)
+                if bool(((mixed <= 0) & (q > 0)).any()):
+                    return math.inf
+                return -float(torch.special.xlogy(q, mixed).sum()) / n
+
+            def objective(
+                v: Tensor, mixture: Any = mixture, along: Tensor = along, value: Any = value
+            ) -> tuple[float, Tensor, Tensor]:
+                ratio = torch.where(q > 0, along / mixture(v), 0)
+                gradient = -torch.einsum("vbk,bk->v", ratio, q) / n
+                return value(v), gradient, torch.einsum("vbk,wbk,bk->vw", ratio, ratio, q) / n
+
+            v = parts.new_zeros(size - 1)
+            if size > 1:
+                v = minimise_newton(objective, v, value=value)
+            weights = parts.new_zeros(count)
+            weights[i] = 1 / size + torch.cat([v, -v.sum(dim=0, keepdim=True)])
+            reached = value(v)
+            # a larger set must win by more than rounding, so that zeros come out as zeros
+            if bool((weights >= 0).all()) and reached < best_value - 1e-13:
+                best, best_value = weights, reached
+    return best

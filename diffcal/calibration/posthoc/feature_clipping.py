@@ -101,7 +101,7 @@ class FeatureClipping(Calibrator):
                 "features or head belong to another model"
             )
         if self.grid == "released":
-            grid = _released_grid(0.01, 2000)
+            grid = _released_grid(0.01, 2000, float(h.abs().max()))
         else:
             levels = torch.linspace(0, 1, self.grid_size + 1, dtype=torch.float64)[1:]
             sizes = h.abs().flatten().sort().values
@@ -164,7 +164,7 @@ class LogitClipping(Calibrator):
         z = data.logits
         sizes = z.flatten().sort().values
         low = float(sizes[round(self.start * (len(sizes) - 1))])
-        grid = [c for c in _released_grid(low, 2000) if c > 0]
+        grid = [c for c in _released_grid(low, 2000, float(z.abs().max())) if c > 0]
         chosen = constrained_minimum(
             data,
             lambda c: z.clamp(-c, c),
@@ -234,10 +234,15 @@ def clipped_entropy_change(sigma: float, threshold: float) -> float:
     return -t * (math.log(t) + 0.5 * math.log(2 * math.pi * sigma**2) + 0.5) - 0.5 * a * density
 
 
-def _released_grid(first: float, steps: int) -> list[float]:
-    """``steps`` values from ``first`` by repeated addition of 0.01, as released code makes them."""
+def _released_grid(first: float, steps: int, largest: float) -> list[float]:
+    """``steps`` values from ``first`` by repeated addition of 0.01, as released code makes them.
+
+    Ends with the first value that reaches ``largest``, from where on nothing is clipped.
+    """
     values, c = [], first
     for _ in range(steps):
         values.append(c)
+        if c >= largest:
+            break
         c += 0.01
     return values

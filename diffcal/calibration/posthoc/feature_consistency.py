@@ -105,7 +105,7 @@ class FeatureConsistency(Calibrator):
             p = self._consistency(z, epsilon, self.fit_samples)
             return criterion_value(data, p.to(data.logits).log(), self.criterion, self.n_bins)
 
-        found, at_end = smooth_minimum(loss, high / 1000, high)
+        found, at_end = smooth_minimum(loss, high / 1000, high, tolerance=1e-2)
         if at_end:
             log.warning("noise scale %.4g lies at the end of the searched range", found)
         self.epsilon_ = torch.tensor(found, dtype=torch.float64)

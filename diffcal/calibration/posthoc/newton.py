@@ -30,7 +30,8 @@ def minimise_newton(
         start: First point.
         value: The value alone, for the line search.
         steps: Most iterations; data that push parameters to infinity stop here.
-        tolerance: Largest gradient entry at which to stop.
+        tolerance: Largest gradient entry at which to stop. A step that promises less than rounding
+            of the value ends the iteration as well.
     """
     x = start.clone()
     for _ in range(steps):
@@ -41,7 +42,7 @@ def minimise_newton(
         eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
         step = torch.linalg.solve(hessian + ridge * eye, gradient)
         descent = float(gradient @ step)
-        if not descent > 0:
+        if not descent > 1e-15 * abs(here):
             break
         scale = 1.0
         while value(x - scale * step) > here - 1e-4 * scale * descent and scale > 1e-10:

@@ -10,18 +10,23 @@ __all__ = ["coarse_to_fine", "smooth_minimum"]
 
 
 def smooth_minimum(
-    loss: Callable[[float], float], low: float, high: float, points: int = 16
+    loss: Callable[[float], float],
+    low: float,
+    high: float,
+    points: int = 16,
+    tolerance: float = 1e-9,
 ) -> tuple[float, bool]:
     """Minimiser in [low, high] of a smooth loss, and whether it lies at an end.
 
-    The best of ``points`` values equally spaced in the logarithm is refined between its neighbours.
+    The best of ``points`` values equally spaced in the logarithm is refined between its neighbours,
+    to ``tolerance`` relatively.
     """
     grid = np.linspace(math.log(low), math.log(high), points)
     values = [loss(math.exp(g)) for g in grid]
     i = int(np.argmin(values))
     ends = (grid[max(i - 1, 0)], grid[min(i + 1, points - 1)])
     found = minimize_scalar(
-        lambda g: loss(math.exp(g)), bounds=ends, method="bounded", options={"xatol": 1e-9}
+        lambda g: loss(math.exp(g)), bounds=ends, method="bounded", options={"xatol": tolerance}
     )
     best = float(found.x) if found.fun < values[i] else float(grid[i])  # type: ignore[attr-defined]
     span = grid[-1] - grid[0]
