@@ -17,7 +17,7 @@ from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ConfigError, DataError
 from diffcal.mixing.annotator_base import Annotator, target_matrix
 from diffcal.mixing.prototypes import FeatureBatches
-from diffcal.mixing.temperature import fit_temperature, mean_log_loss
+from diffcal.mixing.temperature import fit_temperature, mean_log_loss, smoothed_targets
 
 __all__ = ["DenoisingErrors", "DiffusionPosterior", "select_levels"]
 
@@ -166,7 +166,7 @@ class DiffusionPosterior(Annotator):
         self.state["temperature"] = torch.tensor(1.0, dtype=torch.float64)
         held, targets = _gathered(self, held_out, num_classes)
         logits = torch.einsum("bsk,s->bk", held / spread, weights) + biases
-        temperature = fit_temperature(logits, targets)
+        temperature = fit_temperature(logits, smoothed_targets(targets))
         self.state["temperature"] = torch.tensor(temperature, dtype=torch.float64)
         hits = logits.argmax(dim=1) == targets.argmax(dim=1)
         self.report = {

@@ -56,6 +56,9 @@ class PlanConfig:
     weights: WeightKind = "grid"
     """``grid``: lambda in equal steps from 0 to 1 (pairs only). ``dirichlet``: the k pure classes,
     the other members drawn from a Dirichlet distribution (for a pair: a Beta distribution)."""
+    grid_power: float = 1.0
+    """Of the grid: lambda is ``(1 + sign(u) |u|^power) / 2`` for u in equal steps from -1 to 1. 1 is
+    the release; above 1 the grid is denser in the middle, where images pass from class to class."""
     concentration: float = 1.0
     """Of the Dirichlet distribution; 1 is uniform, larger values crowd the middle."""
     choice: Choice = "cycle"
@@ -91,6 +94,8 @@ class PlanConfig:
                 "plan.weights grid runs between two classes; use weights dirichlet for "
                 f"{self.classes_per_mix}"
             )
+        if not (self.grid_power > 0 and math.isfinite(self.grid_power)):
+            raise ConfigError(f"plan.grid_power must be positive, got {self.grid_power}")
         if not (self.concentration > 0 and math.isfinite(self.concentration)):
             raise ConfigError(f"plan.concentration must be positive, got {self.concentration}")
         if not 0 <= self.uniform_share <= 1:
@@ -165,7 +170,7 @@ class MixPlan:
     def _weights(self, group: int) -> Float[Tensor, "m k"]:
         config = self.config
         if config.weights == "grid":
-            lambdas = lambda_grid(config.members)
+            lambdas = lambda_grid(config.members, config.grid_power)
             return torch.stack([lambdas, 1 - lambdas], dim=1)
         k, free = config.classes_per_mix, config.members - config.classes_per_mix
         generator = item_generator(self.seed, "weights", group)

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffcal.errors import ConfigError, DataError
 from diffcal.mixing.annotator_base import Annotator, target_matrix
 from diffcal.mixing.prototypes import ClassStatistics, FeatureBatches, class_statistics
-from diffcal.mixing.temperature import fit_temperature, mean_log_loss
+from diffcal.mixing.temperature import fit_temperature, mean_log_loss, smoothed_targets
 
 __all__ = ["KClassPosterior", "linear_discriminant", "whitening"]
 
@@ -30,8 +30,9 @@ class KClassPosterior(Annotator):
 
     ``lda``: Gaussian classes with one covariance, shrunk towards its diagonal. ``logistic``:
     multinomial logistic regression with an L2 penalty in the whitened space, begun at the LDA.
-    Shrinkage or penalty, and then the temperature T, minimise the log loss of held-out images, whose
-    classes are taken to be as frequent as in the training images.
+    Shrinkage or penalty, and then the temperature T, minimise the log loss of held-out images (their
+    targets smoothed by :func:`~diffcal.mixing.temperature.smoothed_targets`), whose classes are taken
+    to be as frequent as in the training images.
     """
 
     name: ClassVar[str] = "kclass_posterior"
@@ -81,7 +82,8 @@ class KClassPosterior(Annotator):
         targets = [target_matrix(y, num_classes) for _, y in held_out]
         if not targets:
             raise DataError("no held-out images: the temperature must be set on unseen images")
-        targets = torch.cat(targets)
+        labels = torch.cat(targets)
+        targets = smoothed_targets(labels)
         best = float("inf")
         for strength, weight, bias in candidates:
             # Held-out images come in the frequencies of the data, whatever the labels shall assume.
@@ -98,7 +100,7 @@ class KClassPosterior(Annotator):
                     "temperature": torch.tensor(temperature, dtype=torch.float64),
                     "log_prior": prior if self.prior == "data" else torch.zeros_like(prior),
                 }
-                hits = logits.argmax(dim=1) == targets.argmax(dim=1)
+                hits = logits.argmax(dim=1) == labels.argmax(dim=1)
                 self.report = {
                     "strength": float(strength),
                     "temperature": temperature,

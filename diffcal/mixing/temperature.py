@@ -5,7 +5,7 @@ from torch import Tensor
 
 from diffcal.errors import NumericalError
 
-__all__ = ["fit_temperature", "mean_log_loss"]
+__all__ = ["fit_temperature", "mean_log_loss", "smoothed_targets"]
 
 LOWEST, HIGHEST = 0.02, 50.0
 """Temperatures outside are not believed: they come from held-out images that are all easy."""
@@ -15,6 +15,22 @@ HALVINGS = 60
 def mean_log_loss(logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"]) -> float:
     """Mean ``-Σ_k q_k log softmax(z)_k`` in nats."""
     return float(-(targets.double() * logits.double().log_softmax(dim=1)).sum(dim=1).mean())
+
+
+def smoothed_targets(targets: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Targets that admit one error more than was seen: mass 1 / (n + 2) goes to the other classes.
+
+    Held-out images that are all classified rightly would otherwise ask for a temperature of zero, and
+    every label between classes would be a certain one. n images without an error only tell that the
+    rate of errors is about 1 / (n + 2) (rule of succession).
+
+    Source: Platt 1999, Probabilistic outputs for support vector machines, section 2.2, which does this
+    for two classes.
+    """
+    count, classes = targets.shape
+    share = 1 / (count + 2)
+    q = targets.double()
+    return (1 - share) * q + share * (1 - q) / max(classes - 1, 1)
 
 
 def fit_temperature(

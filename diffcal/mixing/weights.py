@@ -11,15 +11,23 @@ __all__ = ["check_weights", "lambda_grid", "pair_weights"]
 _SUM_TOLERANCE = 1e-4  # rows may be off by float32 rounding of many classes
 
 
-def lambda_grid(members: int) -> Float[Tensor, " m"]:
-    """Weights of the first class of a pair: ``members`` equal steps from 0 to 1, float32.
+def lambda_grid(members: int, power: float = 1.0) -> Float[Tensor, " m"]:
+    """Weights of the first class of a pair: ``members`` rising steps from 0 to 1, float32.
+
+    Args:
+        members: How many.
+        power: ``(1 + sign(u) |u|^power) / 2`` for u in equal steps from -1 to 1; 1 gives equal
+            steps, more crowds the middle.
 
     Raises:
         ConfigError: fewer than 2 members.
     """
     if members < 2:
         raise ConfigError(f"a grid from 0 to 1 needs at least 2 members, got {members}")
-    return torch.linspace(0, 1, members, dtype=torch.float64).float()
+    if power == 1:
+        return torch.linspace(0, 1, members, dtype=torch.float64).float()
+    u = torch.linspace(-1, 1, members, dtype=torch.float64)
+    return ((1 + u.sign() * u.abs() ** power) / 2).float()
 
 
 def pair_weights(

@@ -21,7 +21,7 @@ from diffcal.mixing.annotators import (
 from diffcal.mixing.logistic import fit_logistic, fit_logistic_slope, fit_logistics
 from diffcal.mixing.pair_annotators import _isotonic
 from diffcal.mixing.posterior import KClassPosterior
-from diffcal.mixing.temperature import fit_temperature, mean_log_loss
+from diffcal.mixing.temperature import fit_temperature, mean_log_loss, smoothed_targets
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/csm.json").read_text("utf-8"))["cases"]
 DOUBLE = torch.float64
@@ -539,3 +539,15 @@ def test_bad_input_is_refused_in_words():
     same = [(torch.ones(4, 3), torch.arange(4) % 2)]
     with pytest.raises(DataError, match="same prototype"):
         build_annotator("projection_slope").fit(same, same, 2)
+
+
+def test_temperature_of_separable_images_stays_above_zero():
+    targets = torch.eye(3).repeat(40, 1)
+    logits = 8 * targets - 4
+    smooth = smoothed_targets(targets)
+    torch.testing.assert_close(smooth.sum(1), torch.ones(120, dtype=torch.float64))
+    temperature = fit_temperature(logits, smooth)
+    confidence = (logits.double() / temperature).softmax(1).max(1).values
+    # n images without an error: their mean confidence becomes (n + 1) / (n + 2).
+    torch.testing.assert_close(confidence, torch.full((120,), 121 / 122, dtype=torch.float64))
+    assert fit_temperature(logits, targets) < temperature / 3

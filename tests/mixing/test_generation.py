@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from tiny_edm import tiny_edm
 
 from diffcal.diffusion.samplers import SamplerConfig, sample
 from diffcal.errors import ConfigError, NumericalError
 from diffcal.mixing.conditions import ConditionConfig
 from diffcal.mixing.generation import GenerationConfig, fixed_rows, generate_images
 from diffcal.mixing.plan import MixPlan, PlanConfig
-from tiny_edm import tiny_edm
 
 SAMPLER = SamplerConfig(steps=4)
 

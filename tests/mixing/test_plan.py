@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from diffcal.core.rng import item_seed
 from diffcal.errors import ConfigError
 from diffcal.mixing.plan import MixPlan, PlanConfig, combination, pair_probabilities
+from diffcal.mixing.weights import lambda_grid
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/csm.json").read_text("utf-8"))["cases"]
 NAMES = tuple("abcde")
@@ -63,6 +64,14 @@ def test_grid_runs_from_the_second_class_to_the_first():
     group = MixPlan(PlanConfig(members=3), NAMES)[0]
     assert group.classes == (0, 1)
     assert group.weights.tolist() == [[0, 1], [0.5, 0.5], [1, 0]]
+
+
+@given(members=st.integers(2, 20), power=st.floats(0.2, 4))
+def test_a_warped_grid_keeps_ends_order_and_symmetry(members, power):
+    grid = lambda_grid(members, power)
+    assert (float(grid[0]), float(grid[-1])) == (0, 1)
+    assert bool((grid.diff() > 0).all())
+    torch.testing.assert_close(grid, 1 - grid.flip(0))
 
 
 @given(group=st.integers(0, 200), k=st.integers(2, 4), concentration=st.floats(0.05, 20))

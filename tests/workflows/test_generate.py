@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_edm import tiny_edm
 
 from diffcal.core.runs import sha256_file
 from diffcal.data.images import decode_image
@@ -21,7 +22,6 @@ from diffcal.errors import ArtifactError, NumericalError
 from diffcal.mixing.generation import GenerationConfig
 from diffcal.mixing.plan import PlanConfig
 from diffcal.workflows.generate import GenerateConfig, ModelConfig, generate
-from tiny_edm import tiny_edm
 
 TESTS = Path(__file__).parents[1]
 
