@@ -40,7 +40,9 @@ class SoftLabelClassifier(lightning.LightningModule):
 
 def main() -> dict[str, float]:
     """Losses of the first and the last step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Mixed images and their soft labels in a Lightning module."
+    )
     parser.add_argument("dataset", help="published data set folder")
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()

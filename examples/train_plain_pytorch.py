@@ -20,7 +20,9 @@ from diffcal.models.registry import build_classifier
 
 def main() -> dict[str, float]:
     """Losses of the first and the last step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Real images paired with mixed ones, in a plain PyTorch loop."
+    )
     parser.add_argument("dataset", help="published data set folder")
     parser.add_argument("--real", default="digits", help="real images, as diffcal names them")
     parser.add_argument("--epochs", type=int, default=1)

@@ -19,7 +19,9 @@ from diffcal.data.soft_label_dataset import SoftLabelDataset
 
 def main() -> dict[str, float]:
     """Losses of the first and the last step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="A timm network with timm's own augmentation and soft cross-entropy."
+    )
     parser.add_argument("dataset", help="published data set folder")
     parser.add_argument("--model", default="resnet10t")
     parser.add_argument("--steps", type=int, default=30)

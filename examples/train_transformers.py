@@ -45,7 +45,9 @@ class SoftLabelResNet(ResNetForImageClassification):
 
 def main() -> dict[str, float]:
     """Losses of the first and the last step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="A small residual network, from scratch, with the Trainer of transformers."
+    )
     parser.add_argument("dataset", help="published data set folder")
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
