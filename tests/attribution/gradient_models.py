@@ -89,5 +89,6 @@ __all__ = [
     "rows_of",
     "tiny_text_unet",
     "tiny_unet",
+    "tiny_vae",
     "unet",
 ]
