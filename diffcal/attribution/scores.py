@@ -71,7 +71,7 @@ def score_path(
         Index of the block's first row, and scores ``[dampings, queries, rows]``.
 
     Raises:
-        NumericalError: NaN in the queries, or a leverage of 1 within rounding.
+        NumericalError: NaN in the queries, a leverage of 1 within rounding, or scores beyond ``dtype``.
         DataError: sizes do not match, or rows that the kernel does not know.
 
     Source: DAS (arXiv:2410.18639), equation 16 as known from secondary sources; the square is left
@@ -104,7 +104,7 @@ def score_path(
             # Applying the inverse to the few queries leaves one product for each damping.
             torch.mm(kernel.inverse(query, damping).to(dtype), columns, out=values[index])
         values *= factor[:, None, :].to(dtype)
-        yield start, read_out(values, readout)
+        yield start, require_finite(read_out(values, readout), "scores")
         start = stop
     if start != len(rows):
         raise DataError(f"expected {len(rows)} training rows, read {start}")
