@@ -82,10 +82,12 @@ def criterion_value(
     confidence of 1 + 1e-16 is counted.
     """
     p = data.predictions
+    if criterion == "nll":  # from the logarithms: underflowing probabilities have a finite score
+        if p.labels is not None:
+            return -float(log_probs.gather(1, p.labels[:, None]).mean())
+        q = p.targets()
+        return -float(torch.where(q > 0, q * log_probs, 0).sum(dim=1).mean())
     made = Predictions(probs=log_probs.exp(), labels=p.labels, soft_labels=p.soft_labels)
-    if criterion == "nll":
-        # from the logarithms: probabilities that underflow still have a finite score
-        return float(-torch.where(p.targets() > 0, p.targets() * log_probs, 0).sum(1).mean())
     if criterion == "brier":
         return made.mean_brier
     return expected_calibration_error(made, n_bins)

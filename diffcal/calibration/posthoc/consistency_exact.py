@@ -37,7 +37,7 @@ def exact_consistency(
     The argmax is kept, a common shift of a row changes nothing, and the result is deterministic.
 
     Args:
-        logits: Finite, any floating format; the result has the same.
+        logits: Finite, any floating format; the result has the same, and carries no gradient.
         epsilon: Noise scale, positive.
         noise: Law of independent n: standard normal, uniform on [0, 1), or standard Gumbel.
 
@@ -53,7 +53,7 @@ def exact_consistency(
         "uniform": uniform_consistency,
         "gumbel": gumbel_consistency,
     }
-    return laws[noise](logits, epsilon)
+    return laws[noise](logits.detach(), epsilon)
 
 
 def gumbel_consistency(logits: Float[Tensor, "b k"], epsilon: float) -> Float[Tensor, "b k"]:
