@@ -1,6 +1,5 @@
 """One training step of a classifier on real and mixed images, and the state it carries."""
 
-import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,9 @@ from diffcal.calibration.image_batches import (
     channel_statistics,
     draw_augmentation,
 )
-from diffcal.calibration.losses.registry import LOSSES, build_loss
+from diffcal.calibration.losses.contract import RowLoss
+from diffcal.calibration.losses.epoch_loss import EpochEnd, EpochLoss
+from diffcal.calibration.losses.registry import build_loss, loss_parameters
 from diffcal.calibration.training_config import ClassifierConfig, LossConfig
 from diffcal.calibration.training_data import TrainingData
 from diffcal.core.rng import item_generator, item_seed
@@ -64,6 +65,8 @@ class StepBatch:
 
     real: Tensor
     real_targets: Tensor
+    real_rows: Tensor
+    """Which training images these are."""
     mixed: Tensor | None
     mixed_targets: Tensor | None
 
@@ -126,6 +129,7 @@ class ClassifierTrainer:
         self._forward: Any = torch.compile(self._model) if config.compile else self._model
         self._real_loss = _loss(config.loss).to(device)
         self._mixed_loss = _loss(config.mixed.loss).to(device)
+        self._check_losses()
         self._labels = data.train.labels
         self._groups = None
         if data.mixed is not None and config.mixed.policy == "paired":
@@ -210,11 +214,35 @@ class ClassifierTrainer:
                 StepBatch(
                     self._input(data.train.images, rows[part], real_draws.part(part)),
                     data.train.targets[rows[part]].to(self._mean.device),
+                    rows[part].to(self._mean.device),
                     mixed_images,
                     mixed_targets,
                 )
             )
         return batches
+
+    @property
+    def epoch_loss(self) -> EpochLoss | None:
+        """The real images' loss if it learns from epoch to epoch."""
+        return self._real_loss if isinstance(self._real_loss, EpochLoss) else None
+
+    def end_epoch(self, logits: Tensor | None = None) -> None:
+        """Tell a loss with state that an epoch is over; on every process.
+
+        Args:
+            logits: Of the validation images, if the loss ``needs_validation``.
+        """
+        if self.epoch_loss is None:
+            return
+        validation = self.data.validation if logits is not None else None
+        self.epoch_loss.end_epoch(
+            EpochEnd(
+                progress=self.step / self.steps,
+                logits=logits,
+                labels=None if validation is None else validation.labels,
+                total=lambda tensor: self.accelerator.reduce(tensor, "sum"),  # type: ignore[return-value]
+            )
+        )
 
     def take_report(self) -> dict[str, float]:
         """Means over the steps since the last report, over all processes, and start again.
@@ -254,6 +282,8 @@ class ClassifierTrainer:
             momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
                 state[f"momentum/{name}"] = momentum
+        for name, tensor in self._real_loss.state_dict().items():
+            state[f"loss/{name}"] = tensor
         state["sums"] = self._sums
         return {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
 
@@ -267,6 +297,7 @@ class ClassifierTrainer:
             "network": {},
             "ema": {},
             "momentum": {},
+            "loss": {},
             "sums": {},
         }
         for name, tensor in tensors.items():
@@ -282,6 +313,7 @@ class ClassifierTrainer:
                 if name in groups["momentum"]:
                     buffer = torch.empty_like(parameter).copy_(groups["momentum"][name])
                     self.optimizer.state[parameter]["momentum_buffer"] = buffer
+            self._real_loss.load_state_dict(groups["loss"])
             self._sums.copy_(groups["sums"][""])
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"the saved state does not fit the network: {error}") from error
@@ -291,27 +323,49 @@ class ClassifierTrainer:
         mode = self.config.mixed.batchnorm
         if batch.mixed is None or batch.mixed_targets is None:
             logits = self._logits(batch.real)
-            real = self._real_loss(logits, batch.real_targets)
+            real = self._loss_of_real(logits, batch)
             self._backward(real * scale, last)
             self._count(logits, batch.real_targets, real, None, weight)
             return
         if mode == "joint":
             both = self._logits(torch.cat([batch.real, batch.mixed]))
             logits = both[: len(batch.real)]
-            real = self._real_loss(logits, batch.real_targets)
+            real = self._loss_of_real(logits, batch)
             mixed = self._mixed_loss(both[len(batch.real) :], batch.mixed_targets)
             self._backward((real + weight * mixed) * scale, last)
             self._count(logits, batch.real_targets, real, mixed, weight)
             return
         # one backward per pass: the same gradient, and the first pass's activations are freed
         logits = self._logits(batch.real)
-        real = self._real_loss(logits, batch.real_targets)
+        real = self._loss_of_real(logits, batch)
         self._backward(real * scale, False)
         keep = running_statistics_kept(self._model) if mode == "auxiliary" else nullcontext()
         with keep:
             mixed = self._mixed_loss(self._logits(batch.mixed), batch.mixed_targets)
         self._backward(weight * mixed * scale, last)
         self._count(logits, batch.real_targets, real, mixed, weight)
+
+    def _loss_of_real(self, logits: Tensor, batch: StepBatch) -> Tensor:
+        if self.epoch_loss is not None and self.epoch_loss.needs_examples:
+            return self._real_loss(logits, batch.real_targets, batch.real_rows)
+        return self._real_loss(logits, batch.real_targets)
+
+    def _check_losses(self) -> None:
+        both = ((self.config.loss, self._real_loss), (self.config.mixed.loss, self._mixed_loss))
+        for config, loss in both:
+            if isinstance(loss, RowLoss) and loss.needs_copies:
+                raise ConfigError(
+                    f"loss '{config.name}' reads mixed copies of each batch, which this trainer "
+                    "does not make"
+                )
+        if isinstance(self._mixed_loss, EpochLoss):
+            name = self.config.mixed.loss.name
+            raise ConfigError(f"loss '{name}' has a state of the real images; not for mixed ones")
+        if self.epoch_loss is None:
+            return
+        if self.epoch_loss.needs_validation and self.data.validation is None:
+            raise ConfigError(f"loss '{self.config.loss.name}' needs validation images")
+        self.epoch_loss.begin(len(self.data.train))
 
     def _logits(self, x: Tensor) -> Tensor:
         half = self.config.precision == "bf16"
@@ -365,6 +419,6 @@ class ClassifierTrainer:
 def _loss(config: LossConfig) -> nn.Module:
     params = dict(config.params)
     # targets were checked when the data came in; checking each batch would wait for the device
-    if "validate" in inspect.signature(LOSSES[config.name].__init__).parameters:
+    if "validate" in loss_parameters(config.name):
         params.setdefault("validate", False)
     return build_loss(config.name, **params)

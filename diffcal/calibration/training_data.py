@@ -88,7 +88,7 @@ class TrainingData:
                     f"{name} labels have {part.targets.shape[1]} classes, expected {classes}"
                 )
             try:
-                as_rows(torch.empty(1).expand(len(part), classes), part.targets)
+                as_rows(torch.zeros(1).expand(len(part), classes), part.targets)
             except DataError as error:
                 raise DataError(f"{name} set: {error}") from error
         if self.mixed is not None and not (

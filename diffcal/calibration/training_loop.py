@@ -100,9 +100,15 @@ def fit_classifier(
             if place == 0 or finished:
                 record = {"epoch": round(trainer.epoch, 6), "step": trainer.step}
                 record |= {"train": trainer.take_report()}
-                if data.validation is not None and (epoch % config.evaluate_every == 0 or finished):
+                evaluate = epoch % config.evaluate_every == 0 or finished
+                asked = trainer.epoch_loss is not None and trainer.epoch_loss.needs_validation
+                logits = None
+                if data.validation is not None and (evaluate or asked):
                     evaluated.load_state_dict(trainer.evaluated_state())
                     logits = _logits(evaluated, trainer, data.validation, accelerator)
+                if place == 0:
+                    trainer.end_epoch(logits)
+                if data.validation is not None and logits is not None and evaluate:
                     record["validation"] = summarise(logits, data.validation.labels)
                     _select(config, progress, record, evaluated)
                 progress.records.append(record)

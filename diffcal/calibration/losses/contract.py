@@ -6,7 +6,7 @@ asked for (:func:`reduce_rows`), so that a loss file holds only its formula.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import ClassVar, Literal, TypedDict, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,12 +15,35 @@ from torch.nn import functional as F
 
 from diffcal.errors import ConfigError, DataError
 
-__all__ = ["TARGET_TOLERANCE", "Reduction", "RowLoss", "Rows", "as_rows", "reduce_rows"]
+__all__ = [
+    "TARGET_TOLERANCE",
+    "Contract",
+    "Reduction",
+    "RowLoss",
+    "Rows",
+    "as_rows",
+    "loss_rows",
+    "reduce_rows",
+    "reduced",
+]
 
 Reduction = Literal["none", "mean", "sum"]
 
 TARGET_TOLERANCE = 1e-4
 """How far the sum of a soft target may be from 1."""
+
+
+class Contract(TypedDict, total=False):
+    """Keyword arguments that every loss function and every loss module takes."""
+
+    reduction: Reduction
+    """``none`` gives one value per example (per pixel of dense input); by default ``mean``."""
+    ignore_index: int | None
+    """Integer targets of this value count neither in values nor in gradients nor in the mean."""
+    class_weight: Float[Tensor, " k"] | None
+    """Weight of each class, see :func:`reduce_rows`."""
+    validate: bool
+    """Check the values of logits and targets (the default); see :func:`as_rows`."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,19 @@ class Rows:
         assert self.labels is not None
         return F.one_hot(self.labels, self.logits.shape[1]).to(self.logits.dtype)
 
+    def weights(self) -> Float[Tensor, " n"]:
+        """1 for rows that count and 0 for ignored ones, in the dtype of ``logits``."""
+        z = self.logits
+        return z.new_ones(len(z)) if self.kept is None else self.kept.to(z.dtype)
+
+    def correctness(self) -> Float[Tensor, " n"]:
+        """1 where the likeliest class is the label, else 0; for soft targets its share of ``q``."""
+        with torch.no_grad():
+            best = self.logits.argmax(dim=1)
+            if self.soft is not None:
+                return self.soft.gather(1, best[:, None])[:, 0]
+            return (best == self.labels).to(self.logits.dtype)
+
 
 def as_rows(
     logits: Float[Tensor, "n k *d"],
@@ -59,14 +95,21 @@ def as_rows(
         logits: Half precision is raised to float32 before anything is computed.
         targets: int64 of the logits' shape without the class axis, or floating of the logits' shape.
         ignore_index: Hard targets of this value do not count.
-        validate: Check labels and soft rows (reads the values, which waits for a GPU).
+        validate: Check logits, labels and soft rows (reads the values, which waits for a GPU).
+            Under torch.compile values cannot be read and are not checked.
 
     Raises:
-        DataError: shapes do not fit, labels out of range, soft rows negative or not summing to 1.
+        DataError: shapes do not fit, fewer than two classes, logits NaN or infinite, labels out of
+            range, soft rows negative or not summing to 1.
     """
     if logits.ndim < 2:
         raise DataError(f"logits must be [n, k] or [n, k, ...], got shape {list(logits.shape)}")
     classes = logits.shape[1]
+    if classes < 2:
+        raise DataError(
+            f"a loss needs logits of at least 2 classes, got shape {list(logits.shape)}"
+        )
+    validate = validate and not torch.compiler.is_compiling()
     shape = (logits.shape[0], *logits.shape[2:])
     z = logits.movedim(1, -1).reshape(-1, classes)
     if z.dtype in (torch.float16, torch.bfloat16):
@@ -82,6 +125,7 @@ def as_rows(
         soft = targets.movedim(1, -1).reshape(-1, classes)
         if validate:
             _check_soft(soft)
+            _check_finite(z, None)
         return Rows(z, None, soft.to(z.dtype), None, shape)
     if tuple(targets.shape) != shape:
         raise DataError(
@@ -92,11 +136,13 @@ def as_rows(
     if ignore_index is not None:
         kept = labels != ignore_index
         labels = torch.where(kept, labels, 0)
-    if validate and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise DataError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, "
-            f"but the logits have {classes} classes"
-        )
+    if validate and labels.numel():
+        low, high = (int(end) for end in labels.aminmax())
+        if not 0 <= low <= high < classes:
+            raise DataError(
+                f"labels run from {low} to {high}, but the logits have {classes} classes"
+            )
+        _check_finite(z, kept)
     return Rows(z, labels, None, kept, shape)
 
 
@@ -109,10 +155,11 @@ def reduce_rows(
     """Per-row values in the caller's shape, or their mean or sum over the rows that count.
 
     With ``class_weight`` a row weighs ``sum_k q_k w_k`` (its class's weight for a hard target), and
-    the mean divides by the sum of these weights. ``mean`` over no row at all is 0.
+    the mean divides by the sum of these weights. ``mean`` is 0 where every row is ignored.
 
     Raises:
         ConfigError: ``reduction`` is not one of none, mean, sum.
+        DataError: the mean of an empty batch.
     """
     weight = None
     if class_weight is not None:
@@ -129,36 +176,55 @@ def reduce_rows(
     if reduction == "sum":
         return values.sum()
     if reduction == "mean":
-        total = weight.sum() if weight is not None else values.new_tensor(float(len(values)))
+        if values.numel() == 0:
+            raise DataError("an empty batch has no mean loss; reduction='sum' gives 0")
+        if weight is None:
+            return values.mean()
+        total = weight.sum()
         return values.sum() / torch.where(total > 0, total, 1)
     raise ConfigError(f"unknown reduction '{reduction}': use none, mean or sum")
 
 
+def loss_rows(logits: Float[Tensor, "n k *d"], targets: Tensor, contract: Contract) -> Rows:
+    """:func:`as_rows` with the settings of ``contract``."""
+    return as_rows(
+        logits,
+        targets,
+        ignore_index=contract.get("ignore_index"),
+        validate=contract.get("validate", True),
+    )
+
+
+def reduced(values: Float[Tensor, " n"], rows: Rows, contract: Contract) -> Float[Tensor, "*d"]:
+    """:func:`reduce_rows` with the settings of ``contract``."""
+    return reduce_rows(
+        values, rows, contract.get("reduction", "mean"), contract.get("class_weight")
+    )
+
+
 class RowLoss(nn.Module):
-    """Base of loss modules with one value per example: keeps reduction, ignored rows and weights.
+    """Base of loss modules: keeps the settings of :class:`Contract`.
 
     A subclass names its own parameters in ``__init__`` and calls its function with
+    ``**self.contract()``.
     """
 
+    needs_copies: ClassVar[bool] = False
+    """Also reads outputs for mixed copies of the batch: see ``rank_mixup``."""
     class_weight: Tensor | None
 
-    def __init__(
-        self,
-        reduction: Reduction = "mean",
-        ignore_index: int | None = None,
-        class_weight: Float[Tensor, " k"] | None = None,
-        validate: bool = True,
-    ) -> None:
+    def __init__(self, **contract: Unpack[Contract]) -> None:
         super().__init__()
+        reduction = contract.get("reduction", "mean")
         if reduction not in ("none", "mean", "sum"):
             raise ConfigError(f"unknown reduction '{reduction}': use none, mean or sum")
         self.reduction: Reduction = reduction
-        self.ignore_index = ignore_index
-        self.validate = validate
+        self.ignore_index = contract.get("ignore_index")
+        self.validate = contract.get("validate", True)
         # not persistent: a classifier's checkpoint should not depend on its loss
-        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.register_buffer("class_weight", contract.get("class_weight"), persistent=False)
 
-    def contract(self) -> dict[str, Any]:
+    def contract(self) -> Contract:
         """Keyword arguments that every loss function takes."""
         return {
             "reduction": self.reduction,
@@ -171,10 +237,22 @@ class RowLoss(nn.Module):
         return f"reduction={self.reduction!r}"
 
 
+def _check_finite(z: Float[Tensor, "n k"], kept: Bool[Tensor, " n"] | None) -> None:
+    z = z.detach()
+    if bool(z.sum().isfinite()):  # one quick pass; NaN and infinity both survive a sum
+        return
+    bad = ~z.isfinite().all(dim=1)
+    if kept is not None:
+        bad &= kept
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        raise DataError(f"logits must be finite; row {row} holds NaN or infinity")
+
+
 def _check_soft(soft: Float[Tensor, "n k"]) -> None:
     if soft.numel() == 0:
         return
-    sums = soft.detach().double().sum(dim=1)
+    sums = soft.detach().sum(dim=1, dtype=torch.promote_types(soft.dtype, torch.float32))
     worst = int((sums - 1).abs().nan_to_num(nan=float("inf")).argmax())
     if not abs(float(sums[worst]) - 1) <= TARGET_TOLERANCE:
         raise DataError(

@@ -13,20 +13,22 @@ example weighs more, while the squared error (multi-class Brier score) costs the
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from diffcal.calibration.losses.contract import Reduction, RowLoss, as_rows, reduce_rows
+from diffcal.calibration.losses.contract import Contract, RowLoss, loss_rows, reduced
+from diffcal.calibration.losses.row_blocks import by_blocks
+from diffcal.calibration.losses.row_statistics import row_statistics
 from diffcal.errors import ConfigError, DataError
 
 __all__ = [
     "CrossEntropy",
     "KlDivergence",
     "Objective",
+    "Spread",
     "SquaredError",
     "cross_entropy",
     "csm_objective",
@@ -34,79 +36,66 @@ __all__ = [
     "squared_error",
 ]
 
+Spread = Literal["all", "others"]
+
 
 def cross_entropy(
     logits: Float[Tensor, "n k *d"],
     targets: Tensor,
     *,
     smoothing: float = 0.0,
-    reduction: Reduction = "mean",
-    ignore_index: int | None = None,
-    class_weight: Float[Tensor, " k"] | None = None,
-    validate: bool = True,
+    spread: Spread = "all",
+    **contract: Unpack[Contract],
 ) -> Float[Tensor, "*r"]:
     """Cross-entropy ``-sum_k q_k log p_k`` in nats, for hard or soft targets.
 
     Args:
         logits: ``[n, k]``, or dense ``[n, k, d1, ...]``; computed in float32 or better.
         targets: int64 labels, or float distributions of the logits' shape.
-        smoothing: Label smoothing: the target becomes ``(1 - smoothing) q + smoothing / k``
-            (Szegedy et al. 2016, arXiv:1512.00567, section 7).
-        reduction: ``none`` gives ``[n, d1, ...]``.
-        ignore_index: Integer targets of this value do not count.
-        class_weight: Weight of each class, see
-            :func:`diffcal.calibration.losses.contract.reduce_rows`.
-        validate: Check the targets' values.
+        smoothing: Label smoothing (0.05 in the calibration tables): the target becomes
+            ``(1 - smoothing) q + smoothing / k`` (Szegedy et al. 2016, arXiv:1512.00567, section 7).
+        spread: ``others`` gives the smoothed mass to the other classes only, as the MDCA repository
+            does: ``(1 - smoothing) q + smoothing (1 - q) / (k - 1)``.
+        contract: See :class:`diffcal.calibration.losses.contract.Contract`.
 
     Raises:
         DataError: targets do not fit the logits.
-        ConfigError: smoothing outside [0, 1], unknown reduction.
+        ConfigError: smoothing outside [0, 1], unknown spread or reduction.
     """
-    _check_smoothing(smoothing)
-    rows = as_rows(logits, targets, ignore_index=ignore_index, validate=validate)
-    log_p = F.log_softmax(rows.logits, dim=1)
-    if rows.labels is not None:
-        values = -log_p.gather(1, rows.labels[:, None])[:, 0]
-    else:
-        values = -_weighted_sum(rows.distribution(), log_p)
-    if smoothing:
-        values = (1 - smoothing) * values - smoothing * log_p.mean(dim=1)
-    return reduce_rows(values, rows, reduction, class_weight)
+    _check_smoothing(smoothing, spread)
+    rows = loss_rows(logits, targets, contract)
+    statistics = row_statistics(rows, uniform=smoothing > 0)
+    values = statistics.cross_entropy
+    if statistics.uniform is not None:
+        k = rows.logits.shape[1]
+        share = smoothing if spread == "all" else smoothing * k / (k - 1)
+        values = (1 - share) * values + share * statistics.uniform
+    return reduced(values, rows, contract)
 
 
 def kl_divergence(
-    logits: Float[Tensor, "n k *d"],
-    targets: Tensor,
-    *,
-    reduction: Reduction = "mean",
-    ignore_index: int | None = None,
-    class_weight: Float[Tensor, " k"] | None = None,
-    validate: bool = True,
+    logits: Float[Tensor, "n k *d"], targets: Tensor, **contract: Unpack[Contract]
 ) -> Float[Tensor, "*r"]:
     """Kullback-Leibler divergence ``KL(q || p)`` in nats: cross-entropy less the target's entropy.
 
     Arguments as in :func:`cross_entropy`. The value is 0 exactly where the model gives the target,
     which makes it the readable one for logs; hard targets give cross-entropy.
     """
-    rows = as_rows(logits, targets, ignore_index=ignore_index, validate=validate)
-    log_p = F.log_softmax(rows.logits, dim=1)
-    if rows.labels is not None:
-        values = -log_p.gather(1, rows.labels[:, None])[:, 0]
-    else:
-        q = rows.distribution()
+    rows = loss_rows(logits, targets, contract)
+    if rows.soft is None:
+        return reduced(row_statistics(rows).cross_entropy, rows, contract)
+
+    def formula(z: Tensor, labels: Tensor | None, soft: Tensor | None, dim: int) -> Tensor:
+        assert soft is not None
         # log q - log p term by term: no cancellation of two large sums where p is close to q
-        values = _weighted_sum(q, torch.where(q > 0, q, 1).log() - log_p)
-    return reduce_rows(values, rows, reduction, class_weight)
+        gap = torch.where(soft > 0, soft, 1).log() - torch.log_softmax(z, dim)
+        return torch.where(soft > 0, soft * gap, 0).sum(dim)
+
+    return reduced(by_blocks(rows, formula), rows, contract)
 
 
 def squared_error(
-    logits: Float[Tensor, "n k *d"],
-    targets: Tensor,
-    *,
-    reduction: Reduction = "mean",
-    ignore_index: int | None = None,
-    class_weight: Float[Tensor, " k"] | None = None,
-    validate: bool = True,
+    logits: Float[Tensor, "n k *d"], targets: Tensor, **contract: Unpack[Contract]
 ) -> Float[Tensor, "*r"]:
     """Multi-class Brier score ``sum_k (softmax(z)_k - q_k)^2``, in [0, 2]: summed over classes.
 
@@ -115,44 +104,32 @@ def squared_error(
 
     Source: Brier 1950; the loss of mixed images in Luo et al. 2025 (arXiv:2504.13548).
     """
-    rows = as_rows(logits, targets, ignore_index=ignore_index, validate=validate)
-    values = (rows.logits.softmax(dim=1) - rows.distribution()).square().sum(dim=1)
-    return reduce_rows(values, rows, reduction, class_weight)
+    rows = loss_rows(logits, targets, contract)
+    values = row_statistics(rows, power=2.0).distance
+    assert values is not None
+    return reduced(values, rows, contract)
 
 
 class CrossEntropy(RowLoss):
     """Module form of :func:`cross_entropy`."""
 
     def __init__(
-        self,
-        smoothing: float = 0.0,
-        *,
-        reduction: Reduction = "mean",
-        ignore_index: int | None = None,
-        class_weight: Float[Tensor, " k"] | None = None,
-        validate: bool = True,
+        self, smoothing: float = 0.0, spread: Spread = "all", **contract: Unpack[Contract]
     ) -> None:
-        super().__init__(reduction, ignore_index, class_weight, validate)
-        _check_smoothing(smoothing)
+        super().__init__(**contract)
+        _check_smoothing(smoothing, spread)
         self.smoothing = smoothing
+        self.spread: Spread = spread
 
     def forward(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> Float[Tensor, "*r"]:
         """The loss of ``targets``, hard or soft."""
-        return cross_entropy(logits, targets, smoothing=self.smoothing, **self.contract())
+        return cross_entropy(
+            logits, targets, smoothing=self.smoothing, spread=self.spread, **self.contract()
+        )
 
 
 class KlDivergence(RowLoss):
     """Module form of :func:`kl_divergence`."""
-
-    def __init__(
-        self,
-        *,
-        reduction: Reduction = "mean",
-        ignore_index: int | None = None,
-        class_weight: Float[Tensor, " k"] | None = None,
-        validate: bool = True,
-    ) -> None:
-        super().__init__(reduction, ignore_index, class_weight, validate)
 
     def forward(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> Float[Tensor, "*r"]:
         """The loss of ``targets``, hard or soft."""
@@ -161,16 +138,6 @@ class KlDivergence(RowLoss):
 
 class SquaredError(RowLoss):
     """Module form of :func:`squared_error`."""
-
-    def __init__(
-        self,
-        *,
-        reduction: Reduction = "mean",
-        ignore_index: int | None = None,
-        class_weight: Float[Tensor, " k"] | None = None,
-        validate: bool = True,
-    ) -> None:
-        super().__init__(reduction, ignore_index, class_weight, validate)
 
     def forward(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> Float[Tensor, "*r"]:
         """The loss of ``targets``, hard or soft."""
@@ -244,11 +211,8 @@ def csm_objective(
     return Objective(real + weight * mixed, real, mixed)
 
 
-def _weighted_sum(q: Float[Tensor, "n k"], values: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
-    # 0 * infinity is NaN: a class with no target mass must not contribute, however unlikely
-    return torch.where(q > 0, q * values, 0).sum(dim=1)
-
-
-def _check_smoothing(smoothing: float) -> None:
+def _check_smoothing(smoothing: float, spread: str) -> None:
     if not 0 <= smoothing <= 1:
         raise ConfigError(f"smoothing must be in [0, 1], got {smoothing}")
+    if spread not in ("all", "others"):
+        raise ConfigError(f"unknown spread '{spread}': use all or others")

@@ -1,0 +1,138 @@
+"""Dual focal loss: focal loss that also looks at the best class below the true one."""
+
+from typing import Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcal.calibration.losses.contract import Contract, RowLoss, Rows, loss_rows, reduced
+from diffcal.calibration.losses.expectation import check_gamma, expected_loss, safe_power
+from diffcal.calibration.losses.row_statistics import row_statistics
+
+__all__ = ["DualFocal", "DualFocalGra", "dual_focal", "dual_focal_gra"]
+
+
+def dual_focal(
+    logits: Float[Tensor, "n k *d"],
+    targets: Tensor,
+    *,
+    gamma: float = 5.0,
+    **contract: Unpack[Contract],
+) -> Float[Tensor, "*r"]:
+    """Dual focal loss ``-(1 - p_y + p_j)^gamma ln p_y``, ``p_j = max {p_i : p_i < p_y}``, in nats.
+
+    ``j`` is the best class strictly below the true one, not the best wrong class; without any,
+    ``p_j = 0``. Logits are compared, so that ties do not depend on rounding; of several classes
+    tied for ``j`` the first gets the gradient. ``p_j`` is differentiated, the choice of ``j`` is
+    not. With two classes the weight is ``2 (1 - p_y)`` where right and ``1 - p_y`` where wrong.
+
+    Args:
+        logits: ``[n, k]`` or dense ``[n, k, d1, ...]``; computed in float32 or better.
+        targets: int64 labels, or float distributions of the logits' shape; for these the
+            expectation over classes, each with its own ``j`` (``O(k log k)`` per row).
+        gamma: At least 0, which is cross-entropy. 5 is the authors' choice for ResNet-50 on CIFAR
+            (4.5 and 6.1 for ResNet-110 on CIFAR-10 and 100, 2.6 and 3.9 for Wide-ResNet-26-10,
+            5 and 3.4 for DenseNet-121, 2.3 for ResNet-50 on Tiny-ImageNet). Their code's own
+            default of 0 is cross-entropy.
+        contract: See :class:`diffcal.calibration.losses.contract.Contract`.
+
+    Raises:
+        DataError: targets do not fit the logits.
+        ConfigError: negative gamma.
+
+    Source: Tao et al. 2023 (arXiv:2305.13665), the loss of section 3 and Theorem 1.
+    """
+    check_gamma(gamma)
+    rows = loss_rows(logits, targets, contract)
+
+    def loss(log_p: Tensor, below: Tensor) -> Tensor:
+        return -safe_power(below.exp() - log_p.expm1(), gamma) * log_p
+
+    return reduced(_dual(rows, loss), rows, contract)
+
+
+def dual_focal_gra(
+    logits: Float[Tensor, "n k *d"],
+    targets: Tensor,
+    *,
+    gamma: float = 5.0,
+    released: bool = False,
+    **contract: Unpack[Contract],
+) -> Float[Tensor, "*r"]:
+    """Dual focal loss with a constant weight ``u``: the gradient is ``u (p - e_y)``.
+
+    Arguments as in :func:`dual_focal`. Soft targets: expectation, the weight of each class held
+    constant, so that the gradient is ``(sum_k q_k u_k) p - q u``.
+
+    Args:
+        released: Reproduce the published code, which holds only ``p_j`` constant and still
+            differentiates ``p_y`` in the weight, so that it is no gradient-weighted loss. Published
+            figures of the method may be of that loss.
+
+    Source: Lin et al. 2025 (arXiv:2503.22725), the gradient-weighted family.
+    """
+    check_gamma(gamma)
+    rows = loss_rows(logits, targets, contract)
+
+    def loss(log_p: Tensor, below: Tensor) -> Tensor:
+        weight_log_p = log_p if released else log_p.detach()
+        return -safe_power(below.detach().exp() - weight_log_p.expm1(), gamma) * log_p
+
+    return reduced(_dual(rows, loss), rows, contract)
+
+
+class DualFocal(RowLoss):
+    """Module form of :func:`dual_focal`."""
+
+    def __init__(self, gamma: float = 5.0, **contract: Unpack[Contract]) -> None:
+        super().__init__(**contract)
+        self.gamma = check_gamma(gamma)
+
+    def forward(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> Float[Tensor, "*r"]:
+        """The loss of ``targets``, hard or soft."""
+        return dual_focal(logits, targets, gamma=self.gamma, **self.contract())
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, {super().extra_repr()}"
+
+
+class DualFocalGra(RowLoss):
+    """Module form of :func:`dual_focal_gra`."""
+
+    def __init__(
+        self, gamma: float = 5.0, released: bool = False, **contract: Unpack[Contract]
+    ) -> None:
+        super().__init__(**contract)
+        self.gamma, self.released = check_gamma(gamma), released
+
+    def forward(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> Float[Tensor, "*r"]:
+        """The loss of ``targets``, hard or soft."""
+        return dual_focal_gra(
+            logits, targets, gamma=self.gamma, released=self.released, **self.contract()
+        )
+
+
+def _dual(rows: Rows, loss) -> Tensor:  # type: ignore[no-untyped-def]
+    """``loss(l_y, l_j)`` of each row; the expectation over y for soft targets."""
+    if rows.soft is None:
+        statistics = row_statistics(rows, below=True)
+        assert statistics.below is not None
+        return loss(-statistics.cross_entropy, statistics.below)
+    return expected_loss(rows, lambda z, log_p, dim: loss(log_p, _below_each_class(z, log_p, dim)))
+
+
+def _below_each_class(z: Tensor, log_p: Tensor, dim: int) -> Tensor:
+    """Log-probability of the best class strictly below each class; -inf for the last ones."""
+    with torch.no_grad():
+        # equal values keep their order, so that the first of tied classes comes last and is chosen
+        ascending, order = z.movedim(dim, -1).flip(-1).sort(dim=-1, stable=True)
+        order = z.shape[dim] - 1 - order
+        first_equal = torch.searchsorted(ascending.contiguous(), ascending.contiguous())
+        place = order.gather(-1, (first_equal - 1).clamp(min=0))
+        exists = first_equal > 0
+        # from sorted places back to classes
+        below = torch.empty_like(place).scatter_(-1, order, place)
+        has = torch.empty_like(exists).scatter_(-1, order, exists)
+    below, has = below.movedim(-1, dim), has.movedim(-1, dim)
+    return torch.where(has, log_p.gather(dim, below), -torch.inf)
