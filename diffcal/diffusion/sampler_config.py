@@ -24,9 +24,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "edm-18": _EDM,
     "edm-20": _EDM | {"steps": 20},
     "edm-25": _EDM | {"steps": 25},
+    "fast": {
+        "solver": "unipc_2",
+        "steps": 13,
+        "schedule": "karras",
+        "sigma_min": 0.02,
+        "sigma_max": 40.0,
+        "rho": 15.0,
+    },
 }
 """What a preset sets. edm-18 is EDM's own for CIFAR-10; edm-20 and edm-25 are those of CSM's
-released recipes for CIFAR-10 and for CIFAR-100."""
+released recipes for CIFAR-10 and for CIFAR-100. fast needs 13 evaluations, a third of edm-20's 39:
+a multistep solver gains most from levels that are nearly even in ln sigma (large rho), between ends
+where the trajectory bends; chosen by distance to the exact solution (benchmarks/solvers.py)."""
 
 
 _OF_PRESET: Any = None  # "not given", for fields that always have a value after construction
