@@ -56,7 +56,7 @@ class ConvPart(Part):
     ) -> None:
         super().__init__(name, shape, saved, rows)
         self._geometry, self._weight_shape = geometry, weight_shape
-        self._shrunk = False
+        self._shrunk = self._unfolded = False
 
     def exact(self, g: Tensor) -> Tensor:
         x, g = self.saved, g
@@ -93,16 +93,17 @@ class ConvPart(Part):
 
     def shrink(self, layer: LayerSketch) -> None:
         if self._can_sketch and layer.right is not None:
-            self._saved = _sketch_input(self.saved, layer.right, self._geometry)
+            self._saved, self._unfolded = self._seen(layer)
             self._version, self._shrunk = self._saved._version, True
+
+    def _seen(self, layer: LayerSketch) -> tuple[Tensor, bool]:
+        return _sketch_input(self.saved, layer.right, layer.taps, self._geometry)
 
     def sketch(self, g: Tensor, layer: LayerSketch) -> Tensor:
         if not self._can_sketch:
             return super().sketch(g, layer)
-        x = self.saved
-        if not self._shrunk:
-            x = _sketch_input(x, layer.right, self._geometry)
-        sketches = widened(_sketch_output(g, layer.left)) @ x.mT
+        x, unfolded = (self.saved, self._unfolded) if self._shrunk else self._seen(layer)
+        sketches = _contract(x, unfolded, g, layer.left, self._geometry)
         return by_rows(sketches, self.rows).sum(dim=1) if len(x) != self.rows else sketches
 
 
@@ -110,33 +111,53 @@ def sketch_convolution(
     x: Float[Tensor, "b i *p"],
     g: Float[Tensor, "b o *q"],
     left: Float[Tensor, "kl o"] | None,
-    right: Float[Tensor, "kr i_kernel"] | None,
+    right: Float[Tensor, "kr i_or_i_kernel"] | None,
     geometry: ConvGeometry,
-) -> Float[Tensor, "b kl kr"]:
+    taps: int = 1,
+) -> Float[Tensor, "b kl kr_taps"]:
     """``left @ G @ right.T`` of each sample's weight gradient G [o, i * kernel], which is not formed.
 
-    The input sketch is a convolution with ``kr`` output channels; the rest is a product over
-    positions. Columns of ``right`` are in the order (input channel, kernel position).
+    With ``taps`` (the positions of the kernel), ``right`` mixes input channels and every position
+    keeps its own columns: a product at every position, and the weight gradient of a convolution with
+    few channels. With ``taps=1``, ``right`` mixes channels and kernel positions together (in the order
+    of the weight): a convolution with ``kr`` output channels. The input is never unfolded.
 
     Source: LoGra (arXiv:2405.13954) for linear layers; the convolution is ours.
     """
-    return widened(_sketch_output(g, left)) @ _sketch_input(x, right, geometry).mT
+    seen, unfolded = _sketch_input(x, right, taps, geometry)
+    return _contract(seen, unfolded, g, left, geometry)
 
 
-def _sketch_input(x: Tensor, right: Tensor | None, geometry: ConvGeometry) -> Tensor:
+def _sketch_input(
+    x: Tensor, right: Tensor | None, taps: int, geometry: ConvGeometry
+) -> tuple[Tensor, bool]:
+    """The input seen through ``right``, and whether the kernel's positions are mixed in already."""
     if right is None:
-        return widened(unfold(x, geometry))
-    weight = right.to(x.device, x.dtype).reshape(len(right), x.shape[1], *geometry.kernel)
+        return x, False
+    right = right.to(x.device, x.dtype)
+    if taps > 1 or geometry.is_pointwise:
+        return widened(right @ x.flatten(2)).unflatten(2, x.shape[2:]), False
+    weight = right.reshape(len(right), x.shape[1], *geometry.kernel)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
     sketched = convolve(
         x, weight, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation
     )
-    return widened(sketched.flatten(2))
+    return widened(sketched.flatten(2)), True
 
 
-def _sketch_output(g: Tensor, left: Tensor | None) -> Tensor:
+def _contract(
+    x: Tensor, unfolded: bool, g: Tensor, left: Tensor | None, geometry: ConvGeometry
+) -> Tensor:
+    """Sum over positions of outer products of (sketched) output gradients and inputs."""
+    x = x if unfolded else widened(unfold(x, geometry))
     g = g.flatten(2)
-    return g if left is None else left.to(g.device, g.dtype) @ g
+    if left is None:
+        return widened(g) @ x.mT
+    left = left.to(g.device, g.dtype)
+    small, large, columns = len(left), left.shape[1], x.shape[1]
+    if large * columns <= small * (large + columns):
+        return left.to(x.dtype) @ (widened(g) @ x.mT)
+    return widened(left @ g) @ x.mT
 
 
 def unfold(x: Float[Tensor, "b i *p"], geometry: ConvGeometry) -> Float[Tensor, "b i_kernel q"]:

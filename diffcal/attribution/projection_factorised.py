@@ -20,7 +20,8 @@ class LayerSketch:
 
     The parameter is seen as a matrix ``[rows, columns]``: its first axis against all others (for a
     convolution: output channels against input channels times kernel). A missing factor is the
-    identity; vectors have neither.
+    identity; vectors have neither. With ``taps`` the right factor mixes input channels alone and
+    every kernel position keeps its own columns: the matrix is then ``right`` ⊗ identity.
     """
 
     start: int
@@ -30,6 +31,8 @@ class LayerSketch:
     right: Float[Tensor, "k_right columns"] | None
     slot: int
     """First entry in the sketch; the layer's ``shape`` follows row by row."""
+    taps: int = 1
+    """Kernel positions that are kept apart."""
 
     @property
     def stop(self) -> int:
@@ -40,26 +43,37 @@ class LayerSketch:
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the sketch."""
         rows = self.rows if self.left is None else len(self.left)
-        return rows, self.columns if self.right is None else len(self.right)
+        return rows, self.columns if self.right is None else len(self.right) * self.taps
 
     def apply(self, gradient: Float[Tensor, "b rows columns"]) -> Float[Tensor, "b k_left k_right"]:
         """``left @ gradient @ right.T`` of whole gradients."""
-        out = gradient
-        if self.right is not None:
-            out = out @ self.right.to(out).mT
+        out = self.mix_columns(gradient)
         return out if self.left is None else self.left.to(out) @ out
+
+    def mix_columns(self, rows: Float[Tensor, "*b columns"]) -> Float[Tensor, "*b k_right_taps"]:
+        """Rows of whole gradients times the right factor."""
+        if self.right is None:
+            return rows
+        if self.taps == 1:
+            return rows @ self.right.to(rows).mT
+        return (self.right.to(rows) @ rows.unflatten(-1, (-1, self.taps))).flatten(-2)
 
 
 class FactorisedProjection(Projector):
     """The sketches of all parameters one after the other; ``dim`` follows from the shapes.
 
     Factors have orthonormal rows times sqrt(side / factor_dim), which keeps squared norms in mean.
-    Sides up to ``factor_dim`` and all vectors (biases, normalisation weights) are kept whole. A hook
-    that sees a layer's input and output gradient applies ``right`` to the one and ``left`` to the
-    other and never forms the gradient (``layers``).
+    Sides up to ``factor_dim`` and all vectors (biases, normalisation weights) are kept whole. What
+    sees a layer's input and output gradient applies ``right`` to the one and ``left`` to the other
+    and never forms the gradient (``layers``).
+
+    Of convolutions, ``right`` mixes input channels only, to ``2 factor_dim / taps`` of them, and the
+    kernel's positions stay apart: about twice ``factor_dim`` columns, at the price of a product per
+    position instead of another convolution.
 
     Source: LoGra (arXiv:2405.13954), section 3; orthonormal instead of normal factors, because the
-    common scale error of a Kronecker sketch of nearly rank-one gradients is smaller.
+    common scale error of a Kronecker sketch of nearly rank-one gradients is smaller. Convolutions
+    are ours.
     """
 
     def __init__(
@@ -72,10 +86,12 @@ class FactorisedProjection(Projector):
             rows = shape[0] if shape else 1
             columns = (stop - start) // rows if rows else 0
             left = right = None
+            taps = math.prod(shape[2:])
             if len(shape) > 1:
                 left = orthonormal_factor(rows, factor_dim, seed, 2 * index)
-                right = orthonormal_factor(columns, factor_dim, seed, 2 * index + 1)
-            layer = LayerSketch(start, rows, columns, left, right, slot)
+                kept = factor_dim if taps == 1 else max(1, 2 * factor_dim // taps)
+                right = orthonormal_factor(columns // taps, kept, seed, 2 * index + 1)
+            layer = LayerSketch(start, rows, columns, left, right, slot, taps)
             layers.append(layer)
             slot += math.prod(layer.shape)
         self.layers = tuple(layers)
@@ -94,8 +110,7 @@ class FactorisedProjection(Projector):
             at = low - first * layer.columns
             whole[:, at : at + piece.shape[1]] = piece
             rows = whole.view(len(block), last - first, layer.columns)
-            if layer.right is not None:
-                rows = rows @ layer.right.to(rows).mT
+            rows = layer.mix_columns(rows)
             height, width = layer.shape
             end = layer.slot + height * width
             target = out[:, layer.slot : end].view(len(block), height, width)

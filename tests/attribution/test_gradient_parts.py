@@ -60,6 +60,26 @@ def test_golden_convolution():
     torch.testing.assert_close(part.sketch(g, layer), projected, rtol=1e-7, atol=1e-7)
 
 
+def test_sketch_that_keeps_kernel_positions_apart():
+    generator = torch.Generator().manual_seed(0)
+    x, g, left, right = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 5, 6, 7), (2, 4, 3, 7), (3, 4), (2, 5))
+    )
+    geometry = ConvGeometry((3, 3), (2, 1), (1, 1), (1, 1))
+    part = ConvPart("w", (4, 5, 3, 3), x, 2, geometry, (4, 5, 3, 3))
+    gradient = part.exact(g)
+    wanted = torch.einsum("ko,boctu,lc->bkltu", left, gradient, right).reshape(2, 3, 18)
+    torch.testing.assert_close(sketch_convolution(x, g, left, right, geometry, 9), wanted)
+    whole = torch.kron(right, torch.eye(9, dtype=torch.float64))
+    torch.testing.assert_close(sketch_convolution(x, g, left, whole, geometry), wanted)
+    layer = LayerSketch(0, 4, 45, left, right, 0, 9)
+    assert layer.shape == (3, 18)
+    torch.testing.assert_close(layer.apply(gradient.reshape(2, 4, 45)), wanted)
+    part.shrink(layer)
+    torch.testing.assert_close(part.sketch(g, layer), wanted)
+
+
 @pytest.mark.parametrize("positions", [2, 40])
 def test_ghost_norms_both_ways(positions):
     # Few positions: from Gram matrices; many: from the gradient.
