@@ -1,7 +1,8 @@
 """Solvers at small budgets: distance to the exact trajectory's end, and Fréchet distances.
 
     python benchmarks/solvers.py checkpoints/digits [checkpoints/cifar10 ...] [--budgets 7 9 11 13]
-        [--samples 2000] [--trajectories 64] [--real SOURCE] [--device auto] [--out FILE.json]
+        [--solvers heun ...] [--samples 2000] [--trajectories 64] [--real SOURCE] [--device auto]
+        [--out FILE.json]
 
 For every solver and preset at every number of network evaluations:
 
@@ -16,7 +17,8 @@ the layer that its ``feature_modules`` name first): one fixed space for all sets
 root is exact, from eigenvalues in float64. ``sampling_error`` is the Fréchet distance between two
 disjoint sets by Heun with 39 evaluations: a solver whose ``frechet_heun`` is not above it cannot be
 told from 39 evaluations with this number of images. Classes are balanced, and all rows start from
-the same noise, so that they differ by the solver alone.
+the same noise, so that they differ by the solver alone; the first values under ``heun_39`` are of that
+noise too, which makes them the row of Heun with 39 evaluations.
 """
 
 import argparse
@@ -44,12 +46,12 @@ REFERENCE = SamplerConfig(solver="heun", steps=200)
 SOLVERS = ("heun", "euler", "dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3")
 
 
-def candidates(budgets: list[int]) -> Iterator[tuple[str, SamplerConfig]]:
+def candidates(budgets: list[int], solvers: list[str]) -> Iterator[tuple[str, SamplerConfig]]:
     """Every solver at every budget on EDM's grid, and every preset within the largest budget."""
     for budget in budgets:
-        for solver in SOLVERS:
+        for solver in solvers:
             if solver != "heun":
-                yield f"{solver}", SamplerConfig(solver=solver, steps=budget)
+                yield solver, SamplerConfig(solver=solver, steps=budget)
             elif budget % 2 and budget >= 3:
                 yield solver, SamplerConfig(solver=solver, steps=(budget + 1) // 2)
     for name in PRESETS:
@@ -137,7 +139,7 @@ def run(checkpoint: str, args: argparse.Namespace, device: torch.device) -> dict
     images = real_images(Path(checkpoint), args.real)
     real = None if images is None else space.of_images(images)
     rows = []
-    for name, config in candidates(args.budgets):
+    for name, config in candidates(args.budgets, args.solvers):
         x = states(config, range(count))
         found = space.of_states(denoiser, x)
         rows.append(
@@ -175,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--budgets", type=int, nargs="+", default=[7, 9, 11, 13])
+    parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=SOLVERS)
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--trajectories", type=int, default=64, help="images compared one by one")
     parser.add_argument("--real", help="source of real images, if the checkpoint does not tell")
