@@ -1,16 +1,17 @@
 """Which annotator comes closest to people: soft labels of real CIFAR-10 images against CIFAR-10H.
 
     python benchmarks/annotators_vs_humans.py DATA [--classifier FOLDER] [--denoiser FOLDER]
-        [--work FOLDER] [--train-rows N] [--images N] [--error-images N] [--out JSON]
+        [--encoders NAME ...] [--work FOLDER] [--train-rows N] [--images N]
+        [--error-images N] [--out JSON]
 
 ``DATA`` holds ``train-*.parquet`` and ``test-*.parquet`` of CIFAR-10 (images and labels as the datasets
 library stores them) and ``cifar10h-counts-first5000.npy``: how many people chose each class for test
 images 0..4999 (Peterson et al. 2019, arXiv:1908.07086; CC BY-NC-SA 4.0, for evaluation only).
 
-Encoders: penultimate features of ``--classifier`` (a folder of ``diffcal train-classifier``; if none is
-given a compact network is trained on rows 0..44999 for ``--epochs``), the layers of ``--denoiser`` (one
-encoder for each of ``DENOISER_ENCODERS``), both side by side, and, with ``--error-images N``, its
-denoising errors on N images of each part (slow).
+Encoders (``--encoders``): penultimate features of ``--classifier`` (a folder of
+``diffcal train-classifier``; if none is given a compact network is trained on rows 0..44999 for
+``--epochs``), the layers of ``--denoiser`` with the settings of ``DENOISER_ENCODERS``, both together,
+and, with ``--error-images N``, its denoising errors on N images of each part (slow).
 
 Annotators are fitted on the first ``--train-rows`` training images and calibrated in two ways:
 
@@ -25,7 +26,9 @@ Annotators of pairs need to be told two classes of a real image, which mixing kn
 not say. ``pairs: human`` takes the two classes that most people chose (ties, and second classes that
 nobody chose, are settled by the encoder): an advantage that such labels have in use as well, because
 there the mixed classes are known. ``pairs: encoder`` takes the two that the encoder's calibrated
-posterior favours. ``ratio`` has no ratio to go by and says that the label is certain.
+posterior favours. The calibrated posterior is judged over all classes, and also, told the two classes of
+``pairs: human``, within them: only the latter compares with the annotators of pairs. ``ratio`` has no
+ratio to go by and says that the label is certain.
 
 KL is infinite where a label excludes what a person chose, as labels over two classes must; ``kl_floor``
 mixes every label with 1 % of the uniform distribution, alike for all annotators. ``se`` are standard
@@ -52,6 +55,7 @@ from diffcal.calibration.metrics.soft_label import (
 )
 from diffcal.data.sources import open_images
 from diffcal.diffusion.checkpoints import load_denoiser
+from diffcal.mixing.annotator_base import support_mask
 from diffcal.mixing.annotators import Annotator, build_annotator
 from diffcal.mixing.denoiser_features import DenoiserFeatures
 from diffcal.mixing.diffusion_posterior import DenoisingErrors
@@ -114,7 +118,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
             for a, b in zip(parts["classifier"], parts["denoiser-default"], strict=True)
         )
         results["classifier+denoiser"] = _judge_all(both, human, ANNOTATORS)  # type: ignore[arg-type]
-    if arguments.denoiser and arguments.error_images:
+    if arguments.error_images and "denoiser-default" in parts:
         encoder = DenoisingErrors(load_denoiser(str(arguments.denoiser), device=device))
         errors = encode(encoder, arguments.error_images)
         posterior = (("diffusion_posterior", {}, ("hard", "human")),)
@@ -140,15 +144,17 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _encoders(arguments: argparse.Namespace, train: str) -> dict[str, Callable[[], FeatureEncoder]]:
     device = arguments.device
-    folder = arguments.classifier or _train_classifier(arguments, train)
-    encoders: dict[str, Callable[[], FeatureEncoder]] = {
-        "classifier": lambda: classifier_encoder(load_classifier(folder, device=device))
-    }
+    folder = arguments.classifier
+    if folder is None and "classifier" in arguments.encoders:
+        folder = _train_classifier(arguments, train)
+    encoders: dict[str, Callable[[], FeatureEncoder]] = {}
+    if folder is not None:
+        encoders["classifier"] = lambda: classifier_encoder(load_classifier(folder, device=device))
     if arguments.denoiser:
         denoiser = load_denoiser(str(arguments.denoiser), device=device)
         for name, options in DENOISER_ENCODERS.items():
             encoders[name] = lambda options=options: DenoiserFeatures(denoiser, **options)
-    return encoders
+    return {name: make for name, make in encoders.items() if name in arguments.encoders}
 
 
 def _train_classifier(arguments: argparse.Namespace, train: str) -> Path:
@@ -195,28 +201,33 @@ def _judge_all(
     for name, settings, calibrations in annotators:
         for calibration in calibrations:
             needs_pair = name.startswith("projection")
-            for choice in ("human", "encoder") if needs_pair else ("human",):
+            choices = {"kclass_posterior": (None, "human")}.get(name, (None,))
+            for choice in ("human", "encoder") if needs_pair else choices:
                 predicted = torch.zeros_like(human)
                 reports = []
                 for judged, other in (halves, halves[::-1]):
                     annotator = build_annotator(name, **settings)
                     target = held if calibration == "hard" else (test[other], human[other])
                     if name == "projection_sigmoid" and calibration == "human":
-                        annotator = _best_slope(train, target, pairs[choice][other])
+                        annotator = _best_slope(train, target, pairs[choice or "human"][other])
                     else:
                         annotator.fit([train], [target], human.shape[1])
                     weights = torch.full((len(judged), 2), 0.5)
-                    classes = pairs[choice][judged]
+                    classes = pairs[choice or "human"][judged]
                     if name == "ratio":
                         classes = torch.stack([labels[judged], labels[judged]], dim=1)
-                    predicted[judged] = annotator.annotate(test[judged], classes, weights).double()
+                    found = annotator.annotate(test[judged], classes, weights).double()
+                    if choice is not None:  # changes nothing for annotators of pairs
+                        inside = torch.where(support_mask(classes, human.shape[1]), found, 0.0)
+                        found = inside / inside.sum(dim=1, keepdim=True)
+                    predicted[judged] = found
                     reports.append({**annotator.settings, **annotator.report})
                 rows.append(
                     {
                         "annotator": name,
                         "settings": settings,
                         "calibration": calibration,
-                        "pairs": choice if needs_pair else None,
+                        "pairs": choice,
                         "fit": reports,
                         **_judged(human, predicted),
                     }
@@ -271,6 +282,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("data", type=Path, help="folder with the CIFAR-10 files and human counts")
     parser.add_argument("--classifier", type=Path, help="folder of diffcal train-classifier")
     parser.add_argument("--denoiser", type=Path, help="checkpoint folder of a 32x32 denoiser")
+    parser.add_argument(
+        "--encoders",
+        nargs="+",
+        default=["classifier", "denoiser-default"],
+        choices=["classifier", *DENOISER_ENCODERS],
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/annotators"))
     parser.add_argument("--model", default="cnn-small", help="compact network, if one is trained")
     parser.add_argument("--epochs", type=int, default=6)
