@@ -7,6 +7,7 @@ import difflib
 import glob
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -23,6 +24,8 @@ from diffcal.errors import DataError
 __all__ = ["ImageSource", "open_images"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+)?")
 
 Batch = tuple[ndarray, ndarray, ndarray]
 
@@ -130,6 +133,8 @@ def open_images(
         if files:
             return ParquetSource(name, files, image_column, label_column)
         return FolderSource(path)
+    if not HUB_NAME.fullmatch(name) or path.suffix:
+        raise DataError(f"'{name}' does not exist")
     return HubSource(name, image_column, label_column)
 
 

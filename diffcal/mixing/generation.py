@@ -36,9 +36,9 @@ class GenerationConfig:
 def fixed_rows(sample_shape: tuple[int, ...]) -> int:
     """Images per network call on a CPU: a power of two between 8 and 256, set by the image size.
 
-    Matrix products of different height may round differently, so a call always has the same number
-    of rows there (the last of a shard is padded), and an image always the same place in it. The
-    size keeps activations of a U-Net in the cache.
+    Matrix products of different height may round differently, so a call has this number of rows there
+    whatever the batch size, and an image always the same place in it; what is left of a shard is
+    padded to a power of two. The size keeps activations of a U-Net in the cache.
     """
     channels, height, width = sample_shape
     return 1 << max(3, min(8, ((1 << 16) // (channels * height * width)).bit_length() - 1))
@@ -73,7 +73,8 @@ def generate_images(
     size = fixed_rows(denoiser.sample_shape) if pad else config.batch_size
     for start in range(items.start, items.stop, size):
         batch = range(start, min(start + size, items.stop))
-        rows = [*batch, *([batch[-1]] * (size - len(batch)))] if pad else list(batch)
+        height = max(8, 1 << (len(batch) - 1).bit_length()) if pad else len(batch)
+        rows = [*batch, *([batch[-1]] * (height - len(batch)))]
         try:
             images = _draw(denoiser, plan, rows, config, device)
         except NumericalError as error:

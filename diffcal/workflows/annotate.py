@@ -46,7 +46,7 @@ from diffcal.workflows.feature_cache import FeatureCache, FeatureShards
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["FORMAT", "AnnotationConfig", "RealConfig", "annotate_run"]
+__all__ = ["FORMAT", "AnnotationConfig", "RealConfig", "annotate_run", "require_real_images"]
 
 FORMAT = "diffcal-annotations/1"
 GENERATED = "diffcal-generated/1"
@@ -206,6 +206,19 @@ def _rows(source: ImageSource, first: int, count: int | None) -> range:
     if not 0 <= first < end <= len(source):
         raise ConfigError(f"rows {first} to {end} asked for, but '{source.name}' has {len(source)}")
     return range(first, end)
+
+
+def require_real_images(config: AnnotationConfig, class_names: Sequence[str]) -> None:
+    """Refuse real images that are missing or of other classes, before images are generated for them.
+
+    Raises:
+        DataError: what is wrong with them.
+    """
+    source = _open(config.real, config.real.name)
+    _check_classes(list(class_names), source)
+    _rows(source, config.real.first_row, config.real.rows)
+    if config.real.held_out_name is not None:
+        _open(config.real, config.real.held_out_name)
 
 
 def _check_classes(names: list[str], source: ImageSource) -> None:

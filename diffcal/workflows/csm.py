@@ -20,7 +20,7 @@ from diffcal.core.runs import read_json
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ArtifactError
 from diffcal.mixing.quality import FilterConfig
-from diffcal.workflows.annotate import AnnotationConfig, annotate_run
+from diffcal.workflows.annotate import AnnotationConfig, annotate_run, require_real_images
 from diffcal.workflows.generate import GenerateConfig, ModelConfig, generate, open_model
 from diffcal.workflows.publish import publish_dataset
 
@@ -48,6 +48,7 @@ def run_csm(
         DiffcalError: see the stages; what was written before stays.
     """
     denoiser = _open(config.generate.model, device)
+    require_real_images(config.annotation, denoiser.class_names)
     generated = generate(
         config.generate, run, denoiser=denoiser, device=device, overwrite=overwrite
     )

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,26 @@ logger = logging.getLogger(__name__)
 
 
 def quickstart(
-    out: Path, *, seed: int = 0, overwrite: bool = False, device: str = "cpu"
+    out: Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    device: str = "cpu",
+    mixing: Sequence[str] = (),
+    training: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Mix, annotate, train with and without the mixed images, and write ``out/report.html``.
 
     Minutes on two CPU cores and no download: the denoiser comes with diffcal, the real images with
     scikit-learn. Interrupted and started again it goes on where it was.
+
+    Args:
+        out: Output folder.
+        seed: Of noise, initial weights and batches.
+        overwrite: Discard an earlier quickstart with other settings.
+        device: Where networks compute.
+        mixing: Overrides of the preset ``csm-digits``, as ``generate.plan.groups=45``.
+        training: Overrides of the preset ``classifier-quickstart``.
 
     Returns:
         Paths of report and data set, headline figures of both classifiers, seconds of this call.
@@ -40,10 +55,12 @@ def quickstart(
         ArtifactError: ``out`` holds something else, or a quickstart of another seed.
     """
     started = time.monotonic()
-    claim_folder(out, {"command": "quickstart", "seed": seed}, overwrite=overwrite)
-    mixing = build_config(CsmConfig, PRESETS / "csm-digits.toml", [f"generate.seed={seed}"])
+    claim = {"command": "quickstart", "seed": seed, "mixing": [*mixing], "training": [*training]}
+    claim_folder(out, claim, overwrite=overwrite)
+    settings = [f"generate.seed={seed}", *mixing]
+    csm = build_config(CsmConfig, PRESETS / "csm-digits.toml", settings)
     logger.info("1 of 3: images between the digits, and how much of each digit they show")
-    stages = run_csm(mixing, out / "csm", device=device)
+    stages = run_csm(csm, out / "csm", device=device)
     dataset = out / "csm" / "dataset"
 
     logger.info("2 of 3: a small classifier on real images alone, and one on both")
@@ -53,7 +70,7 @@ def quickstart(
     }
     folders = [None, str(dataset)]
     for folder, mixed in zip(runs.values(), folders, strict=True):
-        overrides = [f"seed={seed}"] + ([f"mixed.folder={mixed}"] if mixed else [])
+        overrides = [f"seed={seed}", *training] + ([f"mixed.folder={mixed}"] if mixed else [])
         config = build_config(
             TrainClassifierConfig, PRESETS / "classifier-quickstart.toml", overrides
         )
