@@ -89,6 +89,8 @@ def test_sharding_and_processes_do_not_change_the_rows(tmp_path, dtype):
     assert content(tmp_path / "one") == content(tmp_path / "two")
     one, other = FeatureStore.open(tmp_path / "one"), FeatureStore.open(tmp_path / "other")
     assert torch.equal(one.rows(), other.rows())
+    assert torch.equal(torch.cat(list(one.blocks(3))), one.rows())
+    assert torch.equal(one.rows(5, 9), one.rows()[5:9])
     assert one.fingerprint == FeatureStore.open(tmp_path / "two").fingerprint != other.fingerprint
 
 
