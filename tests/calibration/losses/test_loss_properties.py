@@ -108,17 +108,18 @@ def test_ignored_rows_do_not_count(name):
     assert float(loss(z, torch.full((7,), -100))) == 0
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - DETACHED))
+# acls holds the largest logit of its second part constant; its gradients are golden
+@pytest.mark.parametrize("name", sorted(set(NAMES) - DETACHED - {"acls"}))
 def test_gradients_by_differences(name, monkeypatch):
-    z, y, q = batch(4)
+    z, y, q = batch(2, 5)
     loss = loss_of(name)
-    for targets in (y[:4], q):
+    for targets in (y, q):
         assert torch.autograd.gradcheck(lambda x, t=targets: loss(x, t), z.requires_grad_())
     if name in ROWS:  # the closed forms, and gradients of gradients through them
         monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 8)
-        for targets in (y[:4], q):
+        for targets in (y, q):
             assert torch.autograd.gradcheck(lambda x, t=targets: loss(x, t), z)
-        if name not in ("mbls", "acls"):
+        if name != "mbls":
             assert torch.autograd.gradgradcheck(lambda x: loss(x, q), z)
 
 
@@ -213,7 +214,7 @@ def test_half_precision_and_autocast_are_finite(name):
 
 
 def test_large_inputs_under_torch_func():
-    z, y, q = batch(2000, 40)
+    z, y, _ = batch(2000, 40)
     loss = build_loss("bsce", reduction="none")
     assert row_blocks.in_blocks(z, None)
     expected = value_and_gradient(loss, z, y)[1]
