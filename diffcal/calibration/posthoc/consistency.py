@@ -63,6 +63,7 @@ class ConsistencyCalibration(Calibrator):
 
     STATE: ClassVar = ("epsilon_",)
     single_precision: ClassVar = True
+    block_elements: ClassVar = 1 << 22  # the exact form makes blocks of its own
 
     def _check_settings(self) -> None:
         if self.aggregation == "mean" and self.mode == "exact":
