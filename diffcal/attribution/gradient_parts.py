@@ -15,7 +15,16 @@ from torch import Tensor
 
 from diffcal.attribution.projection_factorised import LayerSketch
 
-__all__ = ["BroadcastPart", "NormScalePart", "OuterPart", "Part", "TablePart", "by_rows"]
+__all__ = [
+    "BroadcastPart",
+    "GroupScalePart",
+    "NormScalePart",
+    "OuterPart",
+    "Part",
+    "TablePart",
+    "by_rows",
+    "widened",
+]
 
 
 def by_rows(tensor: Tensor, rows: int) -> Tensor:
@@ -71,7 +80,7 @@ class Part(ABC):
 
     def squared_norm(self, g: Tensor) -> Float[Tensor, " b"]:
         """Squared L2 norm of :meth:`exact`, float32 at least."""
-        return widened(self.exact(g)).flatten(1).square().sum(dim=1)
+        return widened(self.exact(g)).reshape(self.rows, -1).square().sum(dim=1)
 
 
 class OuterPart(Part):
@@ -194,6 +203,35 @@ class NormScalePart(Part):
         size = prod(self.shape)
         g, normal = g.reshape(self.rows, -1, size), normal.reshape(self.rows, -1, size)
         return (g * normal).sum(dim=1)
+
+
+class GroupScalePart(Part):
+    """Scale of a group norm, from the statistics that the forward pass computed anyway.
+
+    ``sum g (x - mean) / std`` as two sums, in the order of torch's own backward pass: no second
+    normalisation of the input.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        saved: Tensor,
+        rows: int,
+        mean: Float[Tensor, "n groups"],
+        inverse_std: Float[Tensor, "n groups"],
+    ) -> None:
+        super().__init__(name, shape, saved, rows)
+        self._mean, self._inverse_std = mean, inverse_std
+
+    def exact(self, g: Tensor) -> Tensor:
+        groups, positions = self._mean.shape[1], tuple(range(2, g.ndim))
+        with_input, alone = g * self.saved, g
+        if positions:
+            with_input, alone = with_input.sum(dim=positions), g.sum(dim=positions)
+        with_input, alone = (t.unflatten(1, (groups, -1)) for t in (with_input, alone))
+        product = self._inverse_std[..., None] * (with_input - self._mean[..., None] * alone)
+        return by_rows(product.flatten(1), self.rows).sum(dim=1)
 
 
 class TablePart(Part):

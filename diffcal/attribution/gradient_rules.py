@@ -10,6 +10,7 @@ from torch import Tensor
 from diffcal.attribution.gradient_conv import ConvGeometry, ConvPart
 from diffcal.attribution.gradient_parts import (
     BroadcastPart,
+    GroupScalePart,
     NormScalePart,
     OuterPart,
     Part,
@@ -166,6 +167,22 @@ def _normalisation(
 def _group_norm(taps: Taps, args: Any, kwargs: Any) -> tuple[Tensor, list[Part]]:
     x, groups, weight, bias, eps = _bind("input num_groups weight bias eps", args, kwargs, eps=1e-5)
     x = taps.activation(x)
+    alias = taps.alias(weight)
+    full = x.dtype in (torch.float32, torch.float64)
+    if (
+        alias is not None
+        and full
+        and x.is_contiguous()
+        and not torch.is_autocast_enabled(x.device.type)
+    ):
+        # The operation inside F.group_norm, for the statistics that it also gives.
+        sizes = (len(x), x.shape[1], x[0, 0].numel())
+        output, mean, inverse_std = torch.native_group_norm(
+            x.reshape(sizes), weight, bias, *sizes, groups, eps
+        )
+        statistics = (mean.detach(), inverse_std.detach())
+        part = GroupScalePart(alias.name, alias.shape, x.detach(), taps.rows, *statistics)
+        return output.reshape(x.shape), [*_bias(taps, bias, x.ndim - 2), part]
     output = F.group_norm(x, groups, weight, bias, eps)
     return _normalisation(
         taps, x, output, weight, bias, lambda t: F.group_norm(t, groups, eps=eps), 1

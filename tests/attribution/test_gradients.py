@@ -261,6 +261,11 @@ def test_unknown_uses_go_through_vmap_or_are_refused_by_name(caplog):
         fused = engine(x)
     close(fused.vectors, loop.vectors)
     torch.testing.assert_close(fused.norms, loop.norms, rtol=1e-5, atol=0)
+    shapes = [tuple(p.shape) for p in parameters.values()]
+    projector = make_projector(ProjectionConfig(kind="factorised", factor_dim=3), shapes)
+    sketched = FusedGradients(module, objective, parameters, projector)(x)
+    close(sketched.vectors, project_rows(projector, loop.vectors))
+    torch.testing.assert_close(sketched.norms, loop.norms, rtol=1e-5, atol=0)
     assert set(engine.slow_parameters) == {
         "attention.in_proj_weight",
         "attention.in_proj_bias",
