@@ -58,6 +58,7 @@ from diffcal.attribution.scores import (
     score_blocks,
     score_path,
 )
+from diffcal.attribution.screening import candidate_scores
 from diffcal.attribution.subsets import leave_out_masks, subset_masks
 from diffcal.attribution.topk import TopScores, top_scores
 
@@ -80,6 +81,7 @@ __all__ = [
     "TopScores",
     "UpdatedKernel",
     "average_blocks",
+    "candidate_scores",
     "collect",
     "fit_kernel",
     "kernel_scores",

@@ -1,14 +1,19 @@
 """Gram matrices of feature rows, accumulated block by block."""
 
+from pathlib import Path
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diffcal.attribution.rows import BLOCK_ROWS, Rows, as_rows
+from diffcal.core.runs import write_atomic
 from diffcal.core.tensors import require_finite
-from diffcal.errors import DataError
+from diffcal.errors import ArtifactError, DataError
 
 __all__ = ["GramAccumulator", "dual_gram"]
+
+FORMAT = "diffcal-gram/1"
 
 
 class GramAccumulator:
@@ -45,6 +50,34 @@ class GramAccumulator:
         self.matrix += other.matrix.to(self.matrix)
         self.count += other.count
         return self
+
+    def save(self, path: Path | str) -> None:
+        """Write as safetensors, atomically, to go on later with appended rows."""
+        from safetensors.torch import save
+
+        tensors = {"gram": self.matrix.cpu(), "count": torch.tensor(self.count)}
+        data = save(tensors, metadata={"format": FORMAT})
+        write_atomic(Path(path), lambda file: file.write(data))
+
+    @classmethod
+    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> "GramAccumulator":
+        """What :meth:`save` wrote.
+
+        Raises:
+            ArtifactError: not such a file, or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                if (file.metadata() or {}).get("format") != FORMAT:
+                    raise ArtifactError(f"'{path}' is not an accumulated kernel")
+                matrix, count = file.get_tensor("gram"), int(file.get_tensor("count"))
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"accumulated kernel '{path}' cannot be read: {error}") from error
+        found = cls(len(matrix), matrix.dtype, matrix.device)
+        found.matrix, found.count = matrix, count
+        return found
 
     def _accumulate(self, block: Tensor, sign: int) -> "GramAccumulator":
         if block.shape[1] != len(self.matrix):

@@ -20,6 +20,7 @@ __all__ = [
     "centre_batches",
     "linear_datamodeling_score",
     "predictions_of",
+    "resampled_spearman",
     "spearman",
     "spread_of",
     "stream_predictions",
@@ -67,6 +68,33 @@ def spearman(x: Float[Tensor, "*b m"], y: Float[Tensor, "*b m"]) -> Float64[Tens
     """Rank correlation along the last axis; 0 where either side is constant."""
     a, b = (_standard(average_ranks(side)) for side in (x, y))
     return (a * b).sum(dim=-1)
+
+
+def resampled_spearman(
+    x: Float64[Tensor, "q s"], y: Float64[Tensor, "q s"], counts: Float64[Tensor, "r s"]
+) -> Float64[Tensor, "r q"]:
+    """Rank correlation of resamples in which entry j occurs ``counts[:, j]`` times; 0 if constant.
+
+    The rank of an entry is the number of drawn entries below it and half of those equal to it, which
+    for all resamples together is one matrix product. Nothing is sorted.
+    """
+    queries, size = x.shape
+    draws = torch.empty(len(counts), queries, dtype=torch.float64)
+    weights = counts.mT.contiguous()
+    middle = counts.sum(dim=1) / 2
+    chunk = max(1, CHUNK_ELEMENTS // (size * max(size, len(counts))))
+    for start in range(0, queries, chunk):
+        sides = []
+        for values in (x[start : start + chunk], y[start : start + chunk]):
+            column, row = values[:, :, None], values[:, None, :]
+            below = (row < column).double() + (row == column).double() / 2
+            sides.append(below @ weights - middle)
+        a, b = sides
+        scale = ((a * a * weights).sum(dim=1) * (b * b * weights).sum(dim=1)).sqrt()
+        product = (a * b * weights).sum(dim=1)
+        found = torch.where(scale > 0, product / torch.where(scale > 0, scale, 1.0), 0.0)
+        draws[:, start : start + chunk] = found.mT
+    return draws
 
 
 def _standard(ranks: Tensor) -> Tensor:
@@ -143,18 +171,15 @@ def linear_datamodeling_score(
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(subsets, (n_resamples, subsets), generator=generator)
     columns = torch.randint(queries, (n_resamples, queries), generator=generator)
-    by_subset, by_both = [], []
-    chunk = max(1, CHUNK_ELEMENTS // (queries * subsets))
-    for some, picks in zip(rows.split(chunk), columns.split(chunk), strict=True):
-        draws = spearman(predicted[:, some].movedim(1, 0), actual[:, some].movedim(1, 0))
-        by_subset.append(draws.mean(dim=1))
-        by_both.append(draws.gather(1, picks).mean(dim=1))
+    counts = torch.zeros(n_resamples, subsets, dtype=torch.float64)
+    counts.scatter_add_(1, rows, torch.ones_like(counts))
+    draws = resampled_spearman(predicted, actual, counts)
     return LDS(
         per_query=per_query,
         mean=float(per_query.mean()),
-        over_subsets=spread_of(torch.cat(by_subset), level),
+        over_subsets=spread_of(draws.mean(dim=1), level),
         over_queries=spread_of(per_query[columns].mean(dim=1), level),
-        over_both=spread_of(torch.cat(by_both), level),
+        over_both=spread_of(draws.gather(1, columns).mean(dim=1), level),
         subsets=subsets,
         queries=queries,
     )

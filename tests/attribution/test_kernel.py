@@ -132,6 +132,24 @@ def test_gram_accumulates_merges_and_forgets():
     torch.testing.assert_close(dual_gram(rows, block_rows=7), rows @ rows.mT, **TIGHT)
 
 
+def test_an_accumulated_kernel_goes_on_after_a_break(tmp_path):
+    rows = normal(20, 6)
+    path = tmp_path / "gram.safetensors"
+    GramAccumulator(6).add(rows[:12]).save(path)
+    resumed = GramAccumulator.load(path).add(rows[12:])
+    straight = GramAccumulator(6).add(rows[:12]).add(rows[12:])
+    assert torch.equal(resumed.matrix, straight.matrix)
+    assert resumed.count == 20
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ArtifactError, match=r"accumulated kernel .* cannot be read"):
+        GramAccumulator.load(path)
+    fit_kernel(rows).save(path)
+    with pytest.raises(ArtifactError, match="is not an accumulated kernel"):
+        GramAccumulator.load(path)
+    with pytest.raises(DataError, match="rows have 5 entries, expected 6"):
+        resumed.add(rows[:, :5])
+
+
 def test_golden_woodbury_shards():
     case = GOLDEN["D_scores"]
     train = torch.tensor(case["train"], dtype=torch.float64)

@@ -21,6 +21,7 @@ from diffcal.attribution.lds import (
     centre_batches,
     linear_datamodeling_score,
     predictions_of,
+    resampled_spearman,
     spearman,
     stream_predictions,
 )
@@ -116,6 +117,21 @@ def test_ranks_and_correlation_equal_scipy(x, seed):
         assert found == pytest.approx(spearmanr(a.numpy(), b.numpy()).statistic, abs=1e-12)
         # Any increasing change of either side leaves it alone.
         assert float(spearman(a.exp(), b**3)) == pytest.approx(found, abs=1e-12)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_resamples_equal_ranking_each_of_them(ties):
+    x, y = normal(5, 12), normal(5, 12, seed=1)
+    if ties:
+        x, y = x.round(), y.round()
+        y[4] = 1
+    picks = torch.randint(12, (40, 12), generator=torch.Generator().manual_seed(2))
+    counts = torch.stack([torch.bincount(row, minlength=12) for row in picks]).double()
+    found = resampled_spearman(x, y, counts)
+    direct = torch.stack([spearman(x[:, row], y[:, row]) for row in picks])
+    torch.testing.assert_close(found, direct, rtol=1e-10, atol=1e-10)
+    if ties:
+        assert found[:, 4].abs().max() == 0
 
 
 def test_true_effects_score_one_and_noise_scores_nothing():
