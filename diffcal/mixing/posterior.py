@@ -117,10 +117,19 @@ def whitening(statistics: ClassStatistics, shrinkage: float) -> tuple[Tensor, Te
     variances = statistics.variances
     floor = LEAST_VARIANCE * float(variances.mean()) + 1e-300
     deviation = variances.clamp(min=floor).sqrt()
-    correlation = statistics.covariance / deviation[:, None] / deviation
-    values, vectors = torch.linalg.eigh(correlation)
+    values, vectors = _spectrum(statistics, deviation)
     shrunk = (1 - shrinkage) * values.clamp(min=0) + max(shrinkage, 1e-10)
     return (vectors / shrunk.sqrt()).T / deviation, shrunk
+
+
+def _spectrum(statistics: ClassStatistics, deviation: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of the correlations: the slow part, the same for every shrinkage."""
+    known = statistics.spectrum
+    if known is None:
+        correlation = statistics.covariance / deviation[:, None] / deviation
+        values, vectors = torch.linalg.eigh(correlation)
+        known = statistics.spectrum = (values, vectors)
+    return known
 
 
 def linear_discriminant(statistics: ClassStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,8 @@ class ClassStatistics:
         self.means = torch.zeros(num_classes, dim, dtype=torch.float64)
         self.squares = torch.zeros(dim, dtype=torch.float64)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64) if covariance else None
+        self.spectrum: tuple[Tensor, Tensor] | None = None
+        """Eigenvalues and vectors of the correlations, once somebody computed them."""
 
     def update(self, features: Float[Tensor, "b d"], labels: Int64[Tensor, " b"]) -> None:
         """Add a batch.
@@ -48,6 +50,7 @@ class ClassStatistics:
                 f"labels run from {int(labels.min())} to {int(labels.max())}, but there are "
                 f"{classes} classes"
             )
+        self.spectrum = None
         features = features.double().cpu()
         labels = labels.cpu()
         if not bool(features.isfinite().all()):
