@@ -38,6 +38,7 @@ from diffcal.attribution.lds import (
 )
 from diffcal.attribution.lds_controls import lds_controls
 from diffcal.attribution.leave_one_out import RidgeLeaveOneOut, exact_das, ridge_leave_one_out
+from diffcal.attribution.likeness import EncodedRows
 from diffcal.attribution.memorisation import (
     MemorisationReport,
     flag_memorised,
@@ -94,6 +95,7 @@ __all__ = [
     "top_scores",
     "update_kernel",
     # baselines
+    "EncodedRows",
     "cosine_blocks",
     "datamodel_scores",
     "dot_blocks",

@@ -1,11 +1,13 @@
-"""Published methods as settings: ``features`` for the featuriser, ``scores`` for the scorer.
+"""Every method as settings: ``features`` for the featuriser, ``scores`` for the scorer.
 
     config_from_dict(FeatureConfig, PRESETS["dtrak"]["features"])
     config_from_dict(ScoreConfig, PRESETS["dtrak"]["scores"])
 
-``checkpoints`` are the shares of training at which features are taken (scores are averaged over them
-with equal weights), and ``queries`` says whether the query features come from the images themselves or
-from the path of the sampler that made them.
+``inputs`` says what the rows are: ``gradients`` of the model as ``features`` describes them, ``pixels``
+or ``encoder`` embeddings of the images, or the losses of retrained subset models
+(``subset-losses``). ``checkpoints`` are the shares of training at which features are taken (scores
+are averaged over them with equal weights), and ``queries`` says whether the query features come from
+the images themselves or from the path of the sampler that made them.
 """
 
 from typing import Any
@@ -14,7 +16,7 @@ from diffcal.attribution.damping_selection import OFFICIAL_DAMPINGS
 
 __all__ = ["PRESETS"]
 
-_FINAL = {"checkpoints": [1.0], "queries": "images"}
+_FINAL = {"inputs": "gradients", "checkpoints": [1.0], "queries": "images"}
 
 # Gaussian entries of variance 1, as traker draws them: absolute dampings refer to this scale.
 _PUBLISHED_SKETCH = {"kind": "gaussian", "dim": 32768, "seed": 42, "unit_variance": True}
@@ -96,6 +98,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "journey-trak": {
         "features": _LOSS_FEATURES,
         "scores": _TRAK_SCORES,
+        "inputs": "gradients",
         "checkpoints": [1.0],
         "queries": "sampling-path",
     },
@@ -122,13 +125,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tracincp": {
         "features": _LOSS_FEATURES,
         "scores": {"method": "dot", "readout": "signed"},
+        "inputs": "gradients",
         "checkpoints": [0.25, 0.5, 0.75, 1.0],
         "queries": "images",
     },
     "gas": {
         "features": _LOSS_FEATURES,
         "scores": {"method": "cosine", "readout": "signed"},
+        "inputs": "gradients",
         "checkpoints": [0.25, 0.5, 0.75, 1.0],
         "queries": "images",
     },
+    "pixel-dot": {"inputs": "pixels", "scores": {"method": "dot", "readout": "signed"}},
+    "pixel-cosine": {"inputs": "pixels", "scores": {"method": "cosine", "readout": "signed"}},
+    "encoder-dot": {"inputs": "encoder", "scores": {"method": "dot", "readout": "signed"}},
+    "encoder-cosine": {"inputs": "encoder", "scores": {"method": "cosine", "readout": "signed"}},
+    "empirical-influence": {"inputs": "subset-losses"},
+    "datamodel": {"inputs": "subset-losses"},
 }

@@ -15,8 +15,10 @@ from diffcal.attribution.baselines import (
 )
 from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.journey import journey_features, renoised_path
+from diffcal.attribution.likeness import EncodedRows
 from diffcal.attribution.scores import collect
 from diffcal.errors import ConfigError, DataError, NumericalError
+from diffcal.models.encoders import PixelEncoder
 
 CASE = json.loads((Path(__file__).parents[1] / "golden" / "das.json").read_text("utf-8"))[
     "D_scores"
@@ -64,6 +66,21 @@ def test_images_and_a_store_are_compared_like_flat_rows(tmp_path):
         rtol=1e-6,
         atol=1e-6,
     )
+
+
+def test_encoded_images_are_compared_block_by_block():
+    images = torch.randint(
+        256, (5, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    rows = EncodedRows(PixelEncoder((4, 4, 3)), images)
+    assert (len(rows), rows.dim) == (5, 48)
+    queries = PixelEncoder((4, 4, 3)).encode(images[:2])
+    found = collect(cosine_blocks(queries, rows, block_rows=2))
+    expected = collect(cosine_blocks(queries, torch.cat(list(rows.blocks(5)))))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[[0, 1], [0, 1]], torch.ones(2), rtol=1e-5, atol=0)
+    with pytest.raises(DataError, match="no images"):
+        EncodedRows(PixelEncoder((4, 4, 3)), images[:0])
 
 
 def test_gaussian_likeness_is_one_at_home_and_falls_with_distance():

@@ -26,12 +26,27 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+GRADIENTS = [name for name, preset in PRESETS.items() if preset["inputs"] == "gradients"]
+SCORED = [name for name, preset in PRESETS.items() if "scores" in preset]
+
+
+def test_every_method_is_there():
+    assert set(PRESETS) - set(GRADIENTS) == {
+        *("pixel-dot", "pixel-cosine", "encoder-dot", "encoder-cosine"),
+        *("empirical-influence", "datamodel"),
+    }
+    assert set(GRADIENTS) == {
+        *("das", "das-official", "dtrak", "trak", "journey-trak", "tracincp", "gas"),
+        *("relative-influence", "renormalised-influence", "gradient-dot", "gradient-cosine"),
+    }
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_every_preset_is_accepted_by_featuriser_and_scorer(name):
     preset = PRESETS[name]
     features = config_from_dict(FeatureConfig, preset["features"])
     scores = config_from_dict(ScoreConfig, preset["scores"])
-    assert set(preset) == {"features", "scores", "checkpoints", "queries"}
+    assert set(preset) == {"inputs", "features", "scores", "checkpoints", "queries"}
     assert preset["checkpoints"][-1] == 1.0
     if name in EXPECTED:
         found = features.functional, features.noise, features.normalise, scores.readout
@@ -46,7 +61,7 @@ def test_the_default_configurations_are_the_das_preset():
     assert config_from_dict(ScoreConfig, PRESETS["das"]["scores"]) == ScoreConfig()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", SCORED)
 def test_scores_of_a_preset_are_what_its_settings_say(name):
     rows, queries, errors = normal(12, 5), normal(3, 5, seed=1), normal(12, 4, seed=2).square()
     config = config_from_dict(ScoreConfig, PRESETS[name]["scores"])
