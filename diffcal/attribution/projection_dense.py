@@ -21,8 +21,8 @@ KEPT_BYTES = 64 << 20  # tiles stay in memory up to this much, which spares tiny
 class DenseProjection(Projector):
     """Independent entries of mean 0 and variance 1/dim: squared norms are kept in mean.
 
-    With ``unit_variance`` entries have variance 1. One entry costs about as much to draw as to use
-    with ten gradients, so that a large batch is the only remedy: prefer an SJLT.
+    With ``unit_variance`` entries have variance 1. Drawing the matrix costs more than applying it to
+    a few gradients, and it is drawn again for every batch: prefer an SJLT, or take large batches.
 
     Source: Johnson and Lindenstrauss 1984; Achlioptas 2003 for random signs. The relative variance
     of a squared norm is 2/dim (Gaussian), below it for signs.
@@ -67,13 +67,20 @@ class GaussianProjection(DenseProjection):
 
 
 class RademacherProjection(DenseProjection):
-    """Random signs, hashed on the device of the gradients: exact everywhere, no transfer."""
+    """Random signs, hashed on the device of the gradients: exact everywhere, no transfer.
+
+    Bit j of the hash of counter ``coordinate · ceil(dim / 32) + w`` decides column 32 w + j.
+    """
 
     def _draw(self, tile: int, device: torch.device) -> Tensor:
         words = -(-self.dim // 32)
         keys = hash_keys(self.seed, "projection-rademacher")
         start = tile * TILE * words
         counters = torch.arange(start, start + TILE * words, device=device)
-        bits = hash_bits(counters, keys).view(TILE, words, 1) >> torch.arange(32, device=device)
-        signs = (bits & 1).to(torch.float32).mul_(2).sub_(1)
+        bits = hash_bits(counters, keys).view(-1, 1)
+        # Eight signs at a time from a table, which is several times faster than single bits.
+        octets = (bits >> torch.arange(0, 32, 8, device=device)) & 255
+        place = torch.arange(8, device=device)
+        table = ((torch.arange(256, device=device)[:, None] >> place) & 1).float() * 2 - 1
+        signs = table.index_select(0, octets.flatten())
         return signs.view(TILE, words * 32)[:, : self.dim]

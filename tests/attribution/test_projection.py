@@ -214,6 +214,16 @@ def test_random_coordinates_are_distinct_ascending_and_in_range(total, share, se
     assert chosen[-1] < total
 
 
+def test_rademacher_columns_are_the_bits_of_the_hash():
+    projector = make_projector(ProjectionConfig(kind="rademacher", dim=70, seed=2), [(300,)])
+    matrix = projector.project(torch.eye(300)) * math.sqrt(70)
+    keys = hash_keys(2, "projection-rademacher")
+    for coordinate in (0, 5, 255, 256, 299):
+        words = hash_bits(torch.arange(coordinate * 3, coordinate * 3 + 3), keys)
+        bits = torch.cat([(word >> torch.arange(32)) & 1 for word in words])[:70]
+        torch.testing.assert_close(matrix[coordinate], bits * 2.0 - 1, rtol=1e-6, atol=0)
+
+
 def test_random_coordinates_hit_every_position_equally():
     for count, total in ((5, 50), (20, 50)):  # both ways of drawing
         hits = torch.zeros(total)
