@@ -1,5 +1,7 @@
 """Devices and number formats by name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from diffcal.errors import ConfigError
 
-__all__ = ["module_device", "resolve_device", "resolve_dtype"]
+__all__ = ["module_device", "one_thread", "resolve_device", "resolve_dtype"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,3 +43,18 @@ def resolve_dtype(name: str) -> torch.dtype:
         return _DTYPES[name]
     except KeyError:
         raise ConfigError(f"unknown number format '{name}': use {', '.join(_DTYPES)}") from None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one CPU thread, for results that must not depend on how many a process has.
+
+    Matrix products and factorisations split their sums over threads. Convolutions do not, and the
+    networks' passes keep all threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

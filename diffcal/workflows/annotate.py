@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from diffcal import __version__
 from diffcal.config import config_to_dict
+from diffcal.core.devices import one_thread
 from diffcal.core.progress import progress_bar
 from diffcal.core.runs import (
     claim_folder,
@@ -81,7 +83,8 @@ def annotate_run(
         overwrite: Start again if the folder holds an annotation with other settings.
 
     Returns:
-        Summary: images, encoded images, the fit's report, means of the quality columns, folder.
+        Summary: images, processes, images that this process encoded, the fit's report, means of the
+        quality columns, folder.
 
     Raises:
         ConfigError, DataError: before any work, such as classes that differ from the real images'.
@@ -118,7 +121,8 @@ def annotate_run(
         held = cache.real(other, other_rows, bar=bar, **place_of) if other is not None else real
     state.wait_for_everyone()
     if state.is_main_process:
-        _fit(config, folder, real, held, len(rows), generated["class_names"])
+        with one_thread():
+            _fit(config, folder, real, held, len(rows), generated["class_names"])
     state.wait_for_everyone()
     labeller = Labeller(config, folder, real, place)
 
@@ -138,6 +142,7 @@ def annotate_run(
     return {
         "annotation": config.folder,
         "images": sum(entry["rows"] for entry in entries),
+        "processes": state.num_processes,
         "encoded_now": cache.encoded,
         "report": manifest["report"],
         "quality": manifest["quality"],

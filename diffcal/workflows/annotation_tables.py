@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffcal.core.devices import one_thread
 from diffcal.data.images import decode_image
 from diffcal.data.shards import verified_shard
 from diffcal.data.soft_labels import flat_lists
@@ -64,7 +65,6 @@ class Labeller:
         image_shape: tuple[int, int, int],
     ) -> "pa.Table":
         """Annotation of the shard ``entry`` of ``folder``."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         path = verified_shard(folder, entry)
@@ -77,6 +77,14 @@ class Labeller:
             features = cache.encode_generated(path.stem, entry["sha256"], ids, batches)
         else:
             features = found[0]
+        with one_thread():
+            return self._columns(features, ids, groups, classes, weights)
+
+    def _columns(
+        self, features: Tensor, ids: Tensor, groups: Tensor, classes: Tensor, weights: Tensor
+    ) -> "pa.Table":
+        import pyarrow as pa
+
         labels = self.annotator.annotate(features, classes, weights)
         posterior = labels
         if self.probe is not self.annotator:

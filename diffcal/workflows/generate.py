@@ -93,7 +93,8 @@ def generate(
         overwrite: Remove ``run/generated`` first if it was made with other settings.
 
     Returns:
-        Summary: images, shards, network evaluations per image, seconds of this call, folder.
+        Summary: images, shards, processes, network evaluations per image, images that this process
+        made in this call, its seconds, folder.
 
     Raises:
         ConfigError: settings that the model cannot serve.
@@ -132,6 +133,7 @@ def generate(
     return {
         "images": images,
         "shards": config.shards,
+        "processes": state.num_processes,
         "evaluations_per_image": evaluations(config.generation.sampler),
         "generated_now": sum(len(rows[shard]) for shard in own if shard not in done),
         "seconds": round(time.monotonic() - started, 1),

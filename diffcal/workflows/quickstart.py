@@ -138,8 +138,7 @@ def _page(dataset: Path, stages: dict[str, Any], models: list[Any], config: Any)
     page.section(
         "With and without mixed images",
         "Two classifiers, the same but for the mixed images, on 360 digits of other writers. The test "
-        "is small: read the intervals before the means. One seed proves nothing; the comparison with "
-        "controls on photographs is in benchmarks/.",
+        "is small and this is one seed: read the intervals before the means.",
     )
     for title, blocks in report_sections(models, config, [str(digit) for digit in range(10)]):
         page.section(title, *blocks)

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from launch import launch
 
 from diffcal.config import build_config
 from diffcal.core.runs import write_json
@@ -386,40 +385,12 @@ def test_bad_settings_end_before_any_work(run, tmp_path):
     assert parsed == replace(PIXELS, real=RealConfig(rows=50))
 
 
-LAUNCHED = """
-import sys
-from pathlib import Path
-from diffcal.mixing.encoding import EncoderConfig
-from diffcal.workflows.annotate import AnnotationConfig, RealConfig, annotate_run
-annotate_run(AnnotationConfig(encoder=EncoderConfig(kind="pixels"), real=RealConfig(rows=700),
-    settings={"method": "lda"}), Path(sys.argv[1]), device="cpu")
-"""
-
-
-@pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path):
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED)
     one, two = (write_generated(tmp_path / name, groups=7, groups_per_shard=2) for name in "ab")
-    annotate_run(PIXELS, one, device="cpu")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            str(script),
-            str(two),
-        ],
-        check=True,
-        timeout=300,
-    )
+    whole = annotate_run(PIXELS, one, device="cpu")
+    settings = ["encoder.kind=pixels", "settings.method=lda", "real.rows=700"]
+    overrides = [f"--set=annotation.{setting}" for setting in settings]
+    half = json.loads(launch(2, "csm", "annotate", str(two), "--device=cpu", *overrides))
+    assert half["processes"] == 2
+    assert half["encoded_now"] < whole["encoded_now"]
     assert contents(two) == contents(one)
