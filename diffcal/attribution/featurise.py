@@ -172,6 +172,7 @@ class Featuriser:
             if function is None
             else f"{function.__module__}.{function.__qualname__}",  # type: ignore[attr-defined]
             "norms": self.config.norm_kind if self.config.normalise else "none",
+            "slot_batch": self.config.slot_batch if self.config.noise == "slot" else None,
             "timesteps": list(self.levels.timesteps),
             "sigmas": [float(f"{sigma:.9g}") for sigma in self.levels.sigmas.tolist()],
             "parameters": fingerprint(

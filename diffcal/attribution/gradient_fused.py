@@ -133,7 +133,9 @@ class FusedGradients(PerSampleGradients):
         fresh = {n: why for n, why in unsupported.items() if n not in self.slow_parameters}
         if not fresh:
             return
-        named = ", ".join(f"{name} ({why})" for name, why in fresh.items())
+        named = ", ".join(f"{name} ({why})" for name, why in list(fresh.items())[:_NAMED])
+        if len(fresh) > _NAMED:
+            named += f" and {len(fresh) - _NAMED} more"
         if self._unknown == "refuse":
             raise ConfigError(f"no fused per-sample gradient for: {named}")
         _log.warning("per-sample gradients by vmap, in a second pass, for: %s", named)
@@ -185,6 +187,7 @@ class FusedGradients(PerSampleGradients):
             return seen.blocks
 
 
+_NAMED = 6  # parameters that a message lists
 _CHECK = 1e-3  # largest relative error of a parameter's gradient in the check of the first batch
 _CHECK_HALF = 5e-2
 _CHECK_FLOOR = 1e-2  # and in units of that error of the largest parameter's
@@ -213,8 +216,7 @@ class _Sums(RowSums):
         if part.name in self._copied:
             part.keep_copy()
         if self._layers and not self._needs_gradients and part.is_sketchable:
-            with torch.no_grad(), torch.autocast(self.vectors.device.type, enabled=False):
-                part.shrink(self._layers[part.name])
+            part.shrink(self._layers[part.name])
 
     def begin(self, uses: Mapping[str, int], dropped: Mapping[str, str]) -> None:
         """Called between the passes."""

@@ -225,11 +225,13 @@ class GroupScalePart(Part):
         self._mean, self._inverse_std = mean, inverse_std
 
     def exact(self, g: Tensor) -> Tensor:
-        groups, positions = self._mean.shape[1], tuple(range(2, g.ndim))
-        with_input, alone = g * self.saved, g
-        if positions:
-            with_input, alone = with_input.sum(dim=positions), g.sum(dim=positions)
-        with_input, alone = (t.unflatten(1, (groups, -1)) for t in (with_input, alone))
+        groups, x = self._mean.shape[1], self.saved
+        # On a CPU row by row: a product of the whole batch is a large fresh array, and its memory
+        # pages cost more than the arithmetic.
+        pairs = zip(g, x, strict=True) if g.device.type == "cpu" else [(g, x)]
+        with_input = torch.cat([_over_positions(a * b, x.ndim - 2) for a, b in pairs])
+        alone = _over_positions(g, x.ndim - 2)
+        with_input, alone = (t.reshape(len(x), groups, -1) for t in (with_input, alone))
         product = self._inverse_std[..., None] * (with_input - self._mean[..., None] * alone)
         return by_rows(product.flatten(1), self.rows).sum(dim=1)
 
@@ -278,6 +280,11 @@ class TablePart(Part):
         index, g = self._lookups(g)
         same = index[:, :, None] == index[:, None, :]
         return ((g @ g.mT) * same).flatten(1).sum(dim=1)
+
+
+def _over_positions(tensor: Tensor, axes: int) -> Tensor:
+    """Sum over the last ``axes`` axes."""
+    return tensor.sum(dim=tuple(range(-axes, 0))) if axes else tensor
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ class Taps(TorchFunctionMode):
         rows: Rows of the batch.
         listen: Called in the backward pass with the parts of one operation and the gradient of its
             output.
+        prepare: Called in the forward pass with every part.
 
     Attributes:
         uses: Parts found so far, by parameter.
@@ -166,9 +167,10 @@ class Taps(TorchFunctionMode):
     def _tap(self, output: Tensor, parts: list[Part]) -> Tensor:
         if not parts or not torch.is_grad_enabled():
             return output
-        for part in parts:
-            self.uses[part.name] = self.uses.get(part.name, 0) + 1
-            self._prepare(part)
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            for part in parts:
+                self.uses[part.name] = self.uses.get(part.name, 0) + 1
+                self._prepare(part)
         if not output.requires_grad:
             leaf = output.detach().requires_grad_()
             self.leaves.append(leaf)

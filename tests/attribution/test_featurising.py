@@ -101,8 +101,7 @@ def test_golden_functionals(name, method):
         torch.testing.assert_close(found, torch.tensor(wanted[key], dtype=torch.float64), **loose)
 
 
-@pytest.mark.parametrize("functional", ["mean", "loss"])
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(("functional", "normalise"), [("mean", True), ("loss", False)])
 def test_features_are_the_published_formula(functional, normalise):
     """Written out with the scheduler's own noising and one backward pass per (sample, timestep)."""
     module, scheduler = liven(tiny_unet(None)), DDPMScheduler()
@@ -295,7 +294,7 @@ def test_specification_tells_what_decides_features():
         {"timesteps": 9},
         {"noise": "slot"},
         {"noise_seed": 1},
-        {"slot_batch": 52},
+        {"noise": "slot", "slot_batch": 52},
         {"normalise": False},
         {"norms": "projected"},
         {"params": "model.dec"},
@@ -303,6 +302,7 @@ def test_specification_tells_what_decides_features():
     specs = [Featuriser(denoiser, FeatureConfig(projection=SKETCH, **c)).spec for c in changes]
     for change, other in zip(changes, specs, strict=True):
         assert other != spec, change
+    assert len({json.dumps(other) for other in specs}) == len(changes)
     other_weights = edm()
     liven(other_weights.module, seed=9)
     assert Featuriser(other_weights, config).spec["model"] != spec["model"]
