@@ -13,6 +13,7 @@ from diffcal.errors import ConfigError, DataError
 
 __all__ = [
     "IdentityProjection",
+    "LocalProjector",
     "ProjectionConfig",
     "ProjectionKind",
     "Projector",
@@ -112,6 +113,21 @@ class Projector(ABC):
     @abstractmethod
     def _add(self, out: Tensor, block: Tensor, offset: int) -> None:
         """Add the contribution of a checked, non-empty block to ``out``."""
+
+
+class LocalProjector(Projector):
+    """A projector in which a block of coordinates reaches a narrow range of the sketch only."""
+
+    @abstractmethod
+    def touched(self, offset: int, stop: int) -> tuple[int, int]:
+        """First and one past the last entry that coordinates ``offset .. stop`` may reach."""
+
+    @abstractmethod
+    def add_at(self, out: Tensor, block: Tensor, offset: int, origin: int) -> None:
+        """Add a block's contribution to ``out``, whose first column is entry ``origin``."""
+
+    def _add(self, out: Tensor, block: Tensor, offset: int) -> None:
+        self.add_at(out, block, offset, 0)
 
 
 class IdentityProjection(Projector):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcal.attribution.projection import Projector, overlap, parameter_slices
+from diffcal.attribution.projection import LocalProjector, overlap, parameter_slices
 from diffcal.core.rng import item_generator
 
 __all__ = ["FactorisedProjection", "LayerSketch", "orthonormal_factor"]
@@ -59,7 +59,7 @@ class LayerSketch:
         return (self.right.to(rows) @ rows.unflatten(-1, (-1, self.taps))).flatten(-2)
 
 
-class FactorisedProjection(Projector):
+class FactorisedProjection(LocalProjector):
     """The sketches of all parameters one after the other; ``dim`` follows from the shapes.
 
     Factors have orthonormal rows times sqrt(side / factor_dim), which keeps squared norms in mean.
@@ -98,7 +98,15 @@ class FactorisedProjection(Projector):
         self.num_params = layers[-1].stop if layers else 0
         self.dim = slot
 
-    def _add(self, out: Tensor, block: Tensor, offset: int) -> None:
+    def touched(self, offset: int, stop: int) -> tuple[int, int]:
+        """Entries of the layers that ``offset .. stop`` overlaps."""
+        reached = [x for x in self.layers if overlap(x.start, x.stop, offset, stop - offset)]
+        if not reached:
+            return 0, 0
+        return reached[0].slot, reached[-1].slot + math.prod(reached[-1].shape)
+
+    def add_at(self, out: Tensor, block: Tensor, offset: int, origin: int) -> None:
+        """Add the sketches of the layers that the block overlaps."""
         for layer in self.layers:
             common = overlap(layer.start, layer.stop, offset, block.shape[1])
             if common is None:
@@ -112,8 +120,8 @@ class FactorisedProjection(Projector):
             rows = whole.view(len(block), last - first, layer.columns)
             rows = layer.mix_columns(rows)
             height, width = layer.shape
-            end = layer.slot + height * width
-            target = out[:, layer.slot : end].view(len(block), height, width)
+            slot = layer.slot - origin
+            target = out[:, slot : slot + height * width].view(len(block), height, width)
             if layer.left is None:
                 target[:, first:last] += rows
             else:

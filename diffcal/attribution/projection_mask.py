@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from diffcal.attribution.projection import Projector
+from diffcal.attribution.projection import LocalProjector
 from diffcal.core.rng import item_generator
 from diffcal.errors import ConfigError
 
 __all__ = ["MaskProjection", "random_coordinates"]
 
 
-class MaskProjection(Projector):
+class MaskProjection(LocalProjector):
     """``dim`` coordinates drawn without replacement, times sqrt(num_params / dim).
 
     Squared norms are kept in mean, but the error is large for gradients with few large entries;
@@ -28,11 +28,16 @@ class MaskProjection(Projector):
         self.coordinates = random_coordinates(num_params, dim, seed)
         self._scale = math.sqrt(num_params / dim)
 
-    def _add(self, out: Tensor, block: Tensor, offset: int) -> None:
-        bounds = torch.tensor([offset, offset + block.shape[1]])
-        low, high = torch.searchsorted(self.coordinates, bounds).tolist()
+    def touched(self, offset: int, stop: int) -> tuple[int, int]:
+        """Places of the kept coordinates among ``offset .. stop``."""
+        low, high = torch.searchsorted(self.coordinates, torch.tensor([offset, stop])).tolist()
+        return low, high
+
+    def add_at(self, out: Tensor, block: Tensor, offset: int, origin: int) -> None:
+        """Add the kept coordinates of the block."""
+        low, high = self.touched(offset, offset + block.shape[1])
         chosen = (self.coordinates[low:high] - offset).to(block.device)
-        out[:, low:high] += block[:, chosen] * self._scale
+        out[:, low - origin : high - origin] += block[:, chosen] * self._scale
 
 
 def random_coordinates(total: int, count: int, seed: int) -> Int64[Tensor, " {count}"]:

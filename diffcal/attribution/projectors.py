@@ -5,7 +5,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffcal.attribution.projection import IdentityProjection, ProjectionConfig, Projector
+from diffcal.attribution.projection import (
+    IdentityProjection,
+    LocalProjector,
+    ProjectionConfig,
+    Projector,
+)
 from diffcal.attribution.projection_dense import GaussianProjection, RademacherProjection
 from diffcal.attribution.projection_factorised import FactorisedProjection
 from diffcal.attribution.projection_mask import MaskProjection
@@ -21,7 +26,7 @@ class ChainedProjection(Projector):
     Source: arXiv:2505.18976, section 3.
     """
 
-    def __init__(self, first: Projector, second: Projector) -> None:
+    def __init__(self, first: LocalProjector, second: Projector) -> None:
         if second.num_params != first.dim:
             raise ConfigError(
                 f"the second sketch takes {second.num_params} numbers, the first gives {first.dim}"
@@ -30,7 +35,11 @@ class ChainedProjection(Projector):
         self.num_params, self.dim = first.num_params, second.dim
 
     def _add(self, out: Tensor, block: Tensor, offset: int) -> None:
-        self.second.accumulate(out, self.first.project(block, offset), 0)
+        # Only what the block reaches of the first sketch, which may be far longer than the second.
+        low, high = self.first.touched(offset, offset + block.shape[1])
+        part = block.new_zeros(len(block), high - low)
+        self.first.add_at(part, block, offset, low)
+        self.second.accumulate(out, part, low)
 
 
 def make_projector(config: ProjectionConfig, shapes: Sequence[tuple[int, ...]]) -> Projector:
@@ -57,7 +66,7 @@ def make_projector(config: ProjectionConfig, shapes: Sequence[tuple[int, ...]]) 
     if config.kind == "sjlt":
         return SJLT(total, config.dim, config.seed, nonzeros=config.nonzeros)
     if config.kind == "mask_sjlt":
-        first: Projector = MaskProjection(total, min(config.mask_dim, total), config.seed)
+        first: LocalProjector = MaskProjection(total, min(config.mask_dim, total), config.seed)
     else:
         first = FactorisedProjection(shapes, config.factor_dim, config.seed)
     if config.dim > first.dim:
