@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, final
 
 import torch
@@ -89,12 +90,21 @@ class FusedGradients(PerSampleGradients):
         self._layers: dict[str, LayerSketch] = {}
         if isinstance(factorised, FactorisedProjection):
             self._layers = dict(zip(self.layout.names, factorised.layers, strict=True))
+        self._device = torch.device("cpu")
 
     def _compute(self, inputs: tuple[Tensor, ...]) -> GradientBatch:
         if self._to_check:
             self._check(tuple(t[:2] if len(t) > 1 else torch.cat([t, t]) for t in inputs))
             self._to_check = False
         return self._run(inputs)
+
+    def _layers_here(self) -> dict[str, LayerSketch]:
+        """Sketches by parameter, their factors on the parameters' device (moved once)."""
+        device = next(iter(self.parameters.values())).device
+        if device != self._device:
+            self._layers = {name: _moved(layer, device) for name, layer in self._layers.items()}
+            self._device = device
+        return self._layers
 
     def _run(self, inputs: tuple[Tensor, ...]) -> GradientBatch:
         while True:
@@ -193,6 +203,11 @@ _CHECK_HALF = 5e-2
 _CHECK_FLOOR = 1e-2  # and in units of that error of the largest parameter's
 
 
+def _moved(layer: LayerSketch, device: torch.device) -> LayerSketch:
+    left, right = (None if f is None else f.to(device) for f in (layer.left, layer.right))
+    return replace(layer, left=left, right=right)
+
+
 class _ChangedInPlace(Exception):
     """Names the parameter whose activation was overwritten before the backward pass."""
 
@@ -202,7 +217,7 @@ class _Sums(RowSums):
 
     def __init__(self, rows: int, engine: FusedGradients) -> None:
         super().__init__(rows, engine)
-        self._layers, self._copied = engine._layers, engine._copied
+        self._layers, self._copied = engine._layers_here(), engine._copied
         self._needs_gradients = not self._layers or self.norms == "exact"
         self._sketched = self.vectors
         if self._layers and isinstance(self.projector, ChainedProjection):

@@ -97,6 +97,18 @@ def test_projected_as_made_equals_projected_afterwards(name, kind, norms):
     torch.testing.assert_close(fused.norms, wanted, rtol=2e-5, atol=0)
 
 
+def test_sketch_with_whole_sides_is_the_gradient():
+    denoiser = unet()
+    objective, inputs = rows_of(denoiser, rows=2)
+    parameters = trainable(denoiser.module)
+    shapes = [tuple(p.shape) for p in parameters.values()]
+    projector = make_projector(ProjectionConfig(kind="factorised", factor_dim=10**4), shapes)
+    assert projector.dim == projector.num_params
+    engine = FusedGradients(denoiser.module, objective, parameters, projector, norms="projected")
+    wanted = VmapGradients(denoiser.module, objective, parameters)(*inputs)
+    close(engine(*inputs).vectors, wanted.vectors)
+
+
 def weight_gradients(engine, inputs):
     """How many convolution weight gradients a call computes, and how many input gradients."""
     engine(*inputs)  # the check of the first batch does compute them
