@@ -110,7 +110,7 @@ class PerSampleGradients(ABC):
                 f"'{coupled}' uses statistics of the batch, so rows have no gradients of their own: "
                 "put the module into evaluation mode"
             )
-        batch = self._compute(inputs)
+        batch = self._compute(tuple(tensor.detach() for tensor in inputs))
         require_finite(batch.vectors, "per-sample gradients")
         return batch
 

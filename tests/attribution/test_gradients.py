@@ -428,6 +428,11 @@ def test_rows_do_not_depend_on_their_batch(name):
     order = torch.tensor([2, 0, 3])
     close(engine(*(t[order] for t in inputs)).vectors, whole.vectors[order], 1e-5)
     close(engine(*(t[1:2] for t in inputs)).vectors, whole.vectors[1:2], 1e-5)
+    # Inputs that require gradients themselves change nothing, and no graph is left behind.
+    leaf = inputs[0].clone().requires_grad_()
+    close(engine(leaf, *inputs[1:]).vectors, whole.vectors, 1e-6)
+    assert leaf.grad is None
+    assert not engine(leaf, *inputs[1:]).values.requires_grad
 
 
 def test_backward_stops_at_the_earliest_chosen_layer():
