@@ -65,5 +65,5 @@ def test_features_of_another_model_are_refused_by_name(tmp_path):
     noisier = Featuriser(
         small(), FeatureConfig(timesteps=2, noise="slot", projection=CONFIG.projection)
     )
-    with pytest.raises(ArtifactError, match=r"spec\.noise: 'shared' there, 'slot' here\)"):
+    with pytest.raises(ArtifactError, match=r"spec\.noise: 'shared' there, 'slot' here"):
         FeatureStore.create(tmp_path, spec=noisier.spec, dim=noisier.dim)
