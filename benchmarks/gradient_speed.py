@@ -175,7 +175,9 @@ def main() -> None:
             seconds[name].append(wall[name][-1] if on_gpu else time.process_time() - cpu)
     parameters = sum(p.numel() for p in objective.denoiser.module.parameters())
     report = {
-        "machine": torch.cuda.get_device_name() if on_gpu else platform.processor(),
+        "machine": torch.cuda.get_device_name()
+        if on_gpu
+        else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": load,
