@@ -15,7 +15,6 @@ from diffcal.attribution.feature_shards import (
     RowId,
     Shard,
     read_shard,
-    require_distinct,
     shard_column,
     shard_path,
     shard_rows,
@@ -159,7 +158,6 @@ class FeatureStore:
         for name in columns or {}:
             if name in ("features", "scale"):
                 raise DataError(f"a column of a feature store cannot be called '{name}'")
-        require_distinct(ids, f"'{shard_path(self.folder, index).name}'")
         new = set(ids)
         for shard in self._shards:
             common = new.intersection(shard.ids)

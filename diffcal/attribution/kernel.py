@@ -20,6 +20,9 @@ FULL_PRECISION_SIZE = 8192
 SPAN_TOLERANCE = 1e-2
 """Relative squared norm that a row may have outside the span of the fitted rows."""
 
+ROUNDINGS = 10
+"""Dampings below this many roundings of the largest eigenvalue are blurred."""
+
 KernelForm = Literal["auto", "primal", "dual"]
 
 
@@ -62,6 +65,11 @@ class Kernel:
     def damping(self, rho: float) -> float:
         """λ = rho · trace(G) / N, the damping relative to the mean squared norm of a row."""
         return _positive(rho) * self.trace / self.count
+
+    @property
+    def resolution(self) -> float:
+        """Smallest damping that rounding does not blur: ten roundings of the largest eigenvalue."""
+        return float(self.eigenvalues.max()) * ROUNDINGS * torch.finfo(self.eigenvalues.dtype).eps
 
     def effective_dimension(self, damping: float) -> float:
         """Σ l / (l + λ), which is the sum of all leverages."""
@@ -172,8 +180,11 @@ def fit_kernel(
     trace = _positive_trace(gram)
     values, vectors = torch.linalg.eigh(gram)
     del gram
-    # Directions below the rounding of G are noise; dividing by their root would blow them up.
-    kept = values > values[-1] * n * torch.finfo(dtype).eps
+    # Directions below the rounding of G are noise; dividing by their root would blow them up. With
+    # shared noise the largest eigenvalue holds nearly all of the trace and the others, which tell
+    # examples apart, are small beside it: float32 has no room for a margin.
+    margin = n if dtype == torch.float64 else 1
+    kept = values > values[-1] * margin * torch.finfo(dtype).eps
     values, vectors = values[kept], vectors[:, kept]
     basis = torch.zeros(k, len(values), dtype=dtype, device=device)
     start = 0

@@ -1,5 +1,6 @@
 """Kernel scores of queries against training rows, streamed, for many dampings at once."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Literal, NamedTuple
@@ -24,6 +25,8 @@ __all__ = [
     "score_blocks",
     "score_path",
 ]
+
+logger = logging.getLogger(__name__)
 
 ScoreNorm = Literal["none", "relative", "renormalised"]
 LEVERAGE_LIMIT = 1 - 1e-7
@@ -86,6 +89,13 @@ def score_path(
     if norm not in ("none", "relative", "renormalised"):
         raise ConfigError(f"unknown norm '{norm}': use none, relative or renormalised")
     read_out(torch.zeros(1), readout)
+    if min(dampings) < kernel.resolution:
+        logger.warning(
+            "damping %g is below %g, what the %s kernel resolves: raise it or fit in float64",
+            min(dampings),
+            kernel.resolution,
+            str(kernel.eigenvalues.dtype).removeprefix("torch."),
+        )
     query = kernel.rotate(require_finite(queries, "query features"))
     start = 0
     for block in rows.blocks(block_rows):

@@ -118,6 +118,36 @@ def test_float64_keeps_what_float32_loses():
     assert error[1] < 1e-4 < error[0]
 
 
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_a_float32_kernel_keeps_the_small_directions(form):
+    # The common direction has 99 % of the trace; queries see only the rest.
+    n, k = 300, 320
+    common = normal(1, k, seed=5)
+    common /= common.norm()
+    rows = normal(n, k) / k**0.5
+    rows = rows - (rows @ common.mT) @ common + 10 * common
+    queries = normal(3, k, seed=1)
+    queries = queries - (queries @ common.mT) @ common
+    exact = fit_kernel(rows, form=form)
+    single = fit_kernel(rows, form=form, dtype=torch.float32)
+    assert len(single.eigenvalues) > 0.8 * n
+    damping = exact.damping(1e-2)
+    expected = kernel_scores(exact, queries, rows, damping, **EXACT)
+    found = kernel_scores(single, queries, rows, damping, **EXACT)
+    # The dual form divides by roots of eigenvalues, of which float32 loses the smallest.
+    bound = 0.02 if form == "primal" else 0.1
+    assert (found - expected).norm() < bound * expected.norm()
+
+
+def test_a_damping_that_rounding_blurs_is_announced(caplog):
+    rows = normal(20, 6)
+    single = fit_kernel(rows, dtype=torch.float32)
+    kernel_scores(single, rows, rows, single.resolution * 1.1)
+    assert not caplog.records
+    kernel_scores(single, rows, rows, single.resolution * 0.9)
+    assert "what the float32 kernel resolves" in caplog.text
+
+
 def test_gram_accumulates_merges_and_forgets():
     rows = normal(20, 6)
     left, right = GramAccumulator(6).add(rows[:9]), GramAccumulator(6).add(rows[9:])
