@@ -26,6 +26,19 @@ def test_round_trip(tmp_path, suffix):
     assert set(content.hard_inputs) == {"logits", "labels"}
 
 
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_features_and_head_go_with_the_logits(tmp_path, suffix):
+    features, weight, bias = torch.ones(2, 4), torch.arange(12.0).reshape(3, 4), torch.zeros(3)
+    path = tmp_path / f"file.{suffix}"
+    save_logits(path, logits=Z, labels=Y, features=features, head=(weight.double(), bias))
+    content = load_logits(path)
+    torch.testing.assert_close(content.features, features, rtol=0, atol=0)
+    torch.testing.assert_close(content.head[0], weight, rtol=0, atol=0)
+    torch.testing.assert_close(content.head[1], bias, rtol=0, atol=0)
+    with pytest.raises(DataError, match="Parquet holds rows only"):
+        save_logits(tmp_path / "p.parquet", logits=Z, labels=Y, head=(weight, bias))
+
+
 def test_soft_labels_alone_and_probabilities(tmp_path):
     np.savez(tmp_path / "p.npz", probs=Z.softmax(1).numpy(), soft_labels=Z.softmax(1).numpy())
     content = load_logits(tmp_path / "p.npz")
