@@ -32,7 +32,7 @@ def total_variation(
 def kullback_leibler(
     human: Float[Tensor, "b k"], model: Float[Tensor, "b k"]
 ) -> Float[Tensor, " b"]:
-    """``Σ_k h_k log(h_k / p_k)`` of each example in nats, float64; infinite where ``p`` misses a class."""
+    """``Σ_k h_k log(h_k / p_k)`` of each example in nats, float64; infinite where p misses h."""
     h, p = human.double(), model.double()
     return torch.special.xlogy(h, h).sum(dim=1) + soft_cross_entropy(h, p)
 
