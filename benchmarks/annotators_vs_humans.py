@@ -165,6 +165,7 @@ def _train_classifier(arguments: argparse.Namespace, train: str) -> Path:
         data=train,
         rows=CLASSIFIER_ROWS,
         validation=0,
+        posthoc=(),
         classifier=ClassifierConfig(
             model=arguments.model, epochs=arguments.epochs, learning_rate=0.05
         ),

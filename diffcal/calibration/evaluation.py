@@ -1,39 +1,13 @@
-"""Logits of a classifier on a set of images, kept on disk, and the figures drawn from them."""
-
-from pathlib import Path
+"""Figures drawn from the logits of a classifier on a set of images."""
 
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffcal.calibration.posthoc.temperature import TemperatureScaling
-from diffcal.core.runs import write_atomic
 from diffcal.errors import DataError
 
-__all__ = ["fit_temperature", "load_logits", "save_logits", "summarise"]
-
-
-def save_logits(path: Path, logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> None:
-    """Write ``logits`` (float32) and ``labels`` (int64) as safetensors, atomically."""
-    tensors = {"logits": logits.float().contiguous(), "labels": labels.long().contiguous()}
-    data = save(tensors, metadata={"format": "diffcal-logits/1"})
-    write_atomic(path, lambda file: file.write(data))
-
-
-def load_logits(path: Path) -> tuple[Float[Tensor, "n k"], Int[Tensor, " n"]]:
-    """Logits and labels of :func:`save_logits`.
-
-    Raises:
-        DataError: the file is missing, damaged or holds something else.
-    """
-    try:
-        tensors = load_file(path)
-        return tensors["logits"], tensors["labels"]
-    except KeyError as error:
-        raise DataError(f"'{path}' must hold 'logits' and 'labels', {error} is missing") from error
-    except Exception as error:
-        raise DataError(f"'{path}' cannot be read as safetensors: {error}") from error
+__all__ = ["fit_temperature", "summarise"]
 
 
 def fit_temperature(logits: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> float:

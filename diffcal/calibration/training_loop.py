@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from diffcal.calibration.evaluation import fit_temperature, save_logits, summarise
+from diffcal.calibration.evaluation import fit_temperature, summarise
+from diffcal.calibration.posthoc.last_layer import linear_head, named_linear
 from diffcal.calibration.training import ClassifierTrainer
 from diffcal.calibration.training_config import ClassifierConfig
 from diffcal.calibration.training_data import LabelledImages, TrainingData
 from diffcal.config import config_to_dict
 from diffcal.core.progress import progress_bar
 from diffcal.core.runs import write_atomic, write_json, write_text
+from diffcal.data.logits import save_logits
 from diffcal.errors import ArtifactError, ConfigError, DataError
 from diffcal.models.classifier import TrainedClassifier, save_classifier
 from diffcal.models.registry import build_classifier
@@ -48,16 +51,17 @@ def fit_classifier(
     model: nn.Module | None = None,
     accelerator: Accelerator | None = None,
     seed: int = 0,
+    with_features: bool = False,
 ) -> dict[str, Any]:
     """Train a classifier on real and mixed images; resumes what ``folder`` holds.
 
     Leaves in ``folder``: ``classifier/`` (weights and config, for
     :func:`diffcal.models.classifier.load_classifier`), ``metrics.jsonl`` (one line per epoch),
-    ``logits-validation.safetensors`` and ``logits-test.safetensors`` (float32 logits and int64
-    labels), ``summary.json`` and ``state/`` (the latest training state, no pickle). Killed at any
-    moment and started again it continues from the latest state, and on a CPU ends with the same
-    weights as a run that was never stopped. The caller sees to it that a folder keeps to one set
-    of data and settings (:func:`diffcal.core.runs.claim_folder`).
+    ``logits-validation.safetensors`` and ``logits-test.safetensors`` (for
+    :func:`diffcal.data.logits.load_logits`), ``summary.json`` and ``state/`` (the latest training
+    state, no pickle). Killed at any moment and started again it continues from the latest state, and
+    on a CPU ends with the same weights as a run that was never stopped. The caller sees to it that a
+    folder keeps to one set of data and settings (:func:`diffcal.core.runs.claim_folder`).
 
     Args:
         data: Images in memory.
@@ -66,6 +70,9 @@ def fit_classifier(
         model: A network of one's own, freshly initialised; by default ``config.model`` is built.
         accelerator: Decides device and processes; by default accelerate's own choice.
         seed: Decides initial weights, order, augmentation and mixed images.
+        with_features: Save the inputs and the weights of the last linear layer with the logits, for
+            post-hoc methods that read them. The network then needs ``forward_features`` and ``fc``,
+            as every network of the registry has them.
 
     Returns:
         Summary, as in ``summary.json``: steps, selected epoch, and for each evaluated set accuracy,
@@ -86,6 +93,8 @@ def fit_classifier(
         height, width, channels = data.image_shape
         torch.manual_seed(seed)
         model = build_classifier(config.model, len(data.class_names), channels, min(height, width))
+    if with_features:
+        _check_features(model)
     trainer = ClassifierTrainer(model, data, config, accelerator, seed)
     progress = _Progress()
     _restore(folder / "state", trainer, progress)
@@ -140,8 +149,16 @@ def fit_classifier(
         if part is None:
             continue
         logits = _logits(evaluated, trainer, part, accelerator)
+        features = _features(evaluated, trainer, part, accelerator) if with_features else None
         if main:
-            save_logits(folder / f"logits-{name}.safetensors", logits, part.labels)
+            save_logits(
+                folder / f"logits-{name}.safetensors",
+                logits=logits,
+                labels=part.labels,
+                soft_labels=part.targets if part.targets.ndim == 2 else None,
+                features=features,
+                head=linear_head(evaluated, "fc") if with_features else None,
+            )
         if name == "validation":
             try:
                 summary["temperature"] = fit_temperature(logits, part.labels)
@@ -167,21 +184,48 @@ def _logits(
     module: nn.Module, trainer: ClassifierTrainer, part: LabelledImages, accelerator: Accelerator
 ) -> Tensor:
     """Float32 logits of every image on every process, each process computing its share."""
+    classifier = _shared(module, trainer, accelerator)
+    return _gathered(classifier.logits, part, accelerator)
+
+
+def _features(
+    module: nn.Module, trainer: ClassifierTrainer, part: LabelledImages, accelerator: Accelerator
+) -> Tensor:
+    """Float32 penultimate features, likewise."""
+    classifier = _shared(module, trainer, accelerator)
+    return _gathered(classifier.features, part, accelerator)
+
+
+def _shared(
+    module: nn.Module, trainer: ClassifierTrainer, accelerator: Accelerator
+) -> TrainedClassifier:
+    """The same classifier on every process: running statistics are those of the main one."""
     from accelerate.utils import broadcast
 
     for tensor in module.state_dict().values():
-        # running statistics are those of the main process on every process
         if accelerator.num_processes > 1:
             broadcast(tensor)
+    data = trainer.data
+    return TrainedClassifier(module, trainer.mean, trainer.std, data.class_names, data.image_shape)
+
+
+def _gathered(
+    compute: Callable[[Tensor], Tensor], part: LabelledImages, accelerator: Accelerator
+) -> Tensor:
     per_process = -(-len(part) // accelerator.num_processes)
     start = accelerator.process_index * per_process
     # the last process repeats the last image, because gathering wants equal lengths
     rows = torch.arange(start, start + per_process).clamp(max=len(part) - 1)
-    classifier = TrainedClassifier(
-        module, trainer.mean, trainer.std, trainer.data.class_names, trainer.data.image_shape
-    )
-    logits: Any = classifier.logits(part.images[rows]).to(accelerator.device)
-    return accelerator.gather(logits)[: len(part)].cpu()  # type: ignore[union-attr]
+    computed: Any = compute(part.images[rows]).to(accelerator.device)
+    return accelerator.gather(computed)[: len(part)].cpu()  # type: ignore[union-attr]
+
+
+def _check_features(model: nn.Module) -> None:
+    if not hasattr(model, "forward_features"):
+        raise ConfigError(
+            f"{type(model).__name__} has no forward_features(x), which saving features needs"
+        )
+    named_linear(model, "fc")
 
 
 def _select(

@@ -91,17 +91,24 @@ def save_logits(
     labels: Int[Tensor, " n"] | None = None,
     soft_labels: Float[Tensor, "n k"] | None = None,
     features: Float[Tensor, "n d"] | None = None,
+    head: tuple[Float[Tensor, "k d"], Float[Tensor, " k"]] | None = None,
 ) -> None:
     """Write logits or probabilities (float32) and labels (int64, float32 if soft) in the format of
-    the suffix, with features (float32) if given.
+    the suffix, with features and the last linear layer's weight and bias (float32) if given.
 
     Raises:
-        DataError: unknown suffix, no labels, or not exactly one of logits and probabilities.
+        DataError: unknown suffix, no labels, not exactly one of logits and probabilities, or a head
+            for Parquet, which has no place for it.
     """
     path = Path(path)
+    if head is not None and path.suffix == ".parquet":
+        raise DataError(
+            f"'{path}': Parquet holds rows only; write the head to .npz or .safetensors"
+        )
     if labels is None and soft_labels is None:
         raise DataError("give labels or soft_labels")
     floats = {"logits": logits, "probs": probs, "soft_labels": soft_labels, "features": features}
+    floats |= dict(zip(HEAD, head or (None, None), strict=True))
     arrays = {
         name: value.detach().float().contiguous().cpu()
         for name, value in floats.items()

@@ -1,4 +1,7 @@
-"""``diffcal train-classifier``: real images and a soft-labelled mixed set in, a classifier out."""
+"""``diffcal train-classifier``: real images and a soft-labelled mixed set in, a classifier out.
+
+With it come its logits, calibrated by post-hoc methods, and a report of all of them.
+"""
 
 import logging
 from dataclasses import dataclass, field
@@ -8,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from diffcal.calibration.posthoc.registry import build_calibrator
 from diffcal.calibration.training_config import ClassifierConfig
 from diffcal.calibration.training_data import (
     LabelledImages,
@@ -22,10 +26,15 @@ from diffcal.core.runs import claim_folder, fingerprint, sha256_file
 from diffcal.data.soft_labels import SoftLabelSet
 from diffcal.data.sources import open_images
 from diffcal.errors import ConfigError, DataError
+from diffcal.workflows.calibrate import CalibrateConfig, calibrate
+from diffcal.workflows.report import ReportConfig, calibration_report
 
 __all__ = ["MixedSource", "TrainClassifierConfig", "read_mixed", "train_classifier"]
 
 logger = logging.getLogger(__name__)
+
+AFTER_TRAINING = ("posthoc", "posthoc_settings", "report")
+"""Settings that may change without training again."""
 
 PURE = 1 - 1e-6
 """Smallest weight of a class that makes an image a pure one."""
@@ -47,7 +56,7 @@ class MixedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainClassifierConfig:
-    """Data, mixed data and training settings of one classifier."""
+    """Data, mixed data and training settings of one classifier, and what is done with its logits."""
 
     data: str = "digits"
     first_row: int = 0
@@ -65,23 +74,57 @@ class TrainClassifierConfig:
     """Decides the held-out rows, so that runs of different ``seed`` share them."""
     mixed: MixedSource = field(default_factory=MixedSource)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    posthoc: tuple[str, ...] = ("temperature",)
+    """Methods of :data:`diffcal.calibration.posthoc.registry.CALIBRATORS` (``a+b`` for one after
+    the other), fitted on the validation logits; an empty list for none."""
+    posthoc_settings: dict[str, Any] = field(default_factory=dict)
+    """Settings by method, as ``posthoc_settings.temperature.criterion``."""
+    report: bool = True
+    """Write a report of the test logits, before and after every method; without a test, of the
+    validation logits before."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
             raise ConfigError(f"validation must be a share in [0, 1), got {self.validation}")
+        if self.posthoc and self.validation == 0:
+            raise ConfigError(
+                "post-hoc methods are fitted on validation images: give a validation share, or "
+                "posthoc = []"
+            )
+        if self.posthoc:
+            self.calibration  # noqa: B018 - unknown methods and settings end here
+        elif self.posthoc_settings:
+            raise ConfigError("posthoc_settings are given, but posthoc names no method")
+
+    @property
+    def calibration(self) -> CalibrateConfig:
+        """The post-hoc methods as settings of :func:`diffcal.workflows.calibrate.calibrate`."""
+        return CalibrateConfig(methods=self.posthoc, settings=self.posthoc_settings)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether a post-hoc method reads the inputs of the last linear layer."""
+        built = (build_calibrator(name, self.posthoc_settings) for name in self.posthoc)
+        return any(calibrator.needs_features for calibrator in built)
 
 
 def train_classifier(
     config: TrainClassifierConfig, out: Path, *, overwrite: bool = False, device: str = "auto"
 ) -> dict[str, Any]:
-    """Train, and leave classifier, logits and summary in ``out``; resumes what ``out`` holds.
+    """Train, and leave classifier, logits, calibrated logits and a report in ``out``.
 
-    See :func:`diffcal.calibration.training_loop.fit_classifier` for the files; ``config.json`` holds
-    these settings with the fingerprints of the data.
+    Resumes the training that ``out`` holds. See
+    :func:`diffcal.calibration.training_loop.fit_classifier` for its files; ``config.json`` holds its
+    settings with the fingerprints of the data. Then come ``posthoc/`` (see
+    :func:`diffcal.workflows.calibrate.calibrate`) and ``report/`` with ``report.html`` and
+    ``report.json``. These two are made anew on every call, so that the same command with other
+    methods does not train again.
 
     Returns:
-        The summary of the run with the output folder.
+        The summary of the run with the output folder; ``posthoc``, the measures of the test set (of
+        the validation set, in-sample, if there is no test) before and after every method, and
+        ``report``, the page, where they were asked for.
 
     Raises:
         ConfigError, DataError: before any training.
@@ -93,11 +136,22 @@ def train_classifier(
     accelerator = Accelerator(cpu=device == "cpu")
     data, fingerprints = _load(config)
     if accelerator.is_main_process:
-        claim_folder(out, config_to_dict(config) | {"inputs": fingerprints}, overwrite=overwrite)
+        claimed = config_to_dict(config) | {"inputs": fingerprints}
+        for name in AFTER_TRAINING:
+            del claimed[name]
+        claim_folder(out, claimed, overwrite=overwrite)
     accelerator.wait_for_everyone()
     summary = fit_classifier(
-        data, config.classifier, out, accelerator=accelerator, seed=config.seed
+        data,
+        config.classifier,
+        out,
+        accelerator=accelerator,
+        seed=config.seed,
+        with_features=config.needs_features,
     )
+    if accelerator.is_main_process:
+        summary |= _after_training(config, out, data.class_names)
+    accelerator.wait_for_everyone()
     return summary | {"out": str(out)}
 
 
@@ -138,6 +192,32 @@ def read_mixed(source: MixedSource, class_names: tuple[str, ...]) -> MixedImages
         groups=published.groups()[rows],
         support=support[rows],
     )
+
+
+def _after_training(
+    config: TrainClassifierConfig, out: Path, class_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Post-hoc methods and report from the logits in ``out``; what they add to the summary."""
+    files = {name: out / f"logits-{name}.safetensors" for name in ("validation", "test")}
+    judged = "validation" if config.test is None else "test"
+    made: dict[str, Any] = {}
+    shown = {"uncalibrated": files[judged]}
+    if config.posthoc:
+        folder = out / "posthoc"
+        applied = [] if config.test is None else [files["test"]]
+        table = calibrate(config.calibration, files["validation"], applied, folder, overwrite=True)
+        made["posthoc"] = next(iter(table["summary"].values()))
+        if config.test is not None:
+            shown |= {name: folder / name / files["test"].name for name in config.posthoc}
+    if config.report and (config.test is not None or config.validation > 0):
+        settings = ReportConfig(
+            title=f"{config.classifier.model} on '{config.data}', {judged} images",
+            seed=config.seed,
+            class_names=class_names,
+        )
+        calibration_report(shown, out / "report", settings)
+        made["report"] = str(out / "report" / "report.html")
+    return made
 
 
 def _load(config: TrainClassifierConfig) -> tuple[TrainingData, dict[str, str | None]]:

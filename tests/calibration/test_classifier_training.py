@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from diffcal.calibration.evaluation import fit_temperature, load_logits, save_logits, summarise
+from diffcal.calibration.evaluation import fit_temperature, summarise
 from diffcal.calibration.training import ClassifierTrainer, learning_rate_factor, mixed_weight
 from diffcal.calibration.training_config import (
     AugmentationConfig,
@@ -26,6 +26,7 @@ from diffcal.calibration.training_config import (
 )
 from diffcal.calibration.training_data import LabelledImages, MixedImages, TrainingData, hold_out
 from diffcal.calibration.training_loop import fit_classifier
+from diffcal.data.logits import load_logits
 from diffcal.errors import (
     ArtifactError,
     CheckpointError,
@@ -102,7 +103,9 @@ def test_digits_are_learnt_in_seconds(mixed_digits, tmp_path):
     # 360 digits of writers unseen in training; plain logistic regression gets about 90 %
     assert summary["test"]["accuracy"] > 0.95
     assert summary["test"]["nll"] < 0.25
-    logits, labels = load_logits(tmp_path / "logits-test.safetensors")
+    content = load_logits(tmp_path / "logits-test.safetensors")
+    logits, labels = content.logits, content.labels
+    assert content.features is None
     assert (logits.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert summarise(logits, labels) == summary["test"]
     loaded = load_classifier(tmp_path)
@@ -158,6 +161,7 @@ from accelerate import Accelerator
 from diffcal.calibration.training_config import *
 from diffcal.calibration.training_data import *
 from diffcal.calibration.training_loop import fit_classifier
+from diffcal.data.logits import load_logits
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 images = torch.randint(256, (128, 8, 8, 1), generator=generator, dtype=torch.uint8)
@@ -353,10 +357,12 @@ def test_network_of_ones_own(digits, tmp_path):
     with pytest.raises(CheckpointError, match="module="):
         load_classifier(tmp_path)
     loaded = load_classifier(tmp_path, module=Own())
-    logits, _ = load_logits(tmp_path / "logits-test.safetensors")
+    logits = load_logits(tmp_path / "logits-test.safetensors").logits
     torch.testing.assert_close(loaded.logits(digits.test.images), logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(CheckpointError, match="forward_features"):
         loaded.features(digits.test.images)
+    with pytest.raises(ConfigError, match="forward_features"):
+        fit_classifier(digits, SMALL, tmp_path / "x", model=Own(), with_features=True)
 
 
 def test_temperature_of_scaled_logits_is_found():
@@ -438,12 +444,6 @@ def test_saved_classifier_round_trip_and_foreign_logits(digits, tmp_path):
     assert (
         load_file(tmp_path / "classifier.safetensors").keys() == loaded.module.state_dict().keys()
     )
-    save_logits(tmp_path / "l.safetensors", torch.zeros(2, 3), torch.tensor([0, 1]))
-    logits, labels = load_logits(tmp_path / "l.safetensors")
-    assert logits.shape == (2, 3)
-    assert labels.tolist() == [0, 1]
-    with pytest.raises(DataError, match="must hold"):
-        load_logits(tmp_path / "classifier.safetensors")
 
 
 TWO_PROCESSES = """
@@ -453,6 +453,7 @@ from accelerate import Accelerator
 from diffcal.calibration.training_config import *
 from diffcal.calibration.training_data import *
 from diffcal.calibration.training_loop import fit_classifier
+from diffcal.data.logits import load_logits
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 labels = torch.arange(130) % 4
@@ -470,7 +471,9 @@ for name, model in (("linear", linear), ("normalised", None)):
         channels_last=model is None, mixed=MixedConfig(batchnorm="auxiliary"), ema=0.5,
     )
     folder = Path(sys.argv[1]) / name
-    fit_classifier(data, config, folder, accelerator=accelerator, model=model)
+    fit_classifier(
+        data, config, folder, accelerator=accelerator, model=model, with_features=model is None
+    )
 """
 
 
@@ -485,10 +488,10 @@ def test_two_processes_train_the_same_classifier_as_one(tmp_path):
     expected, found = load_file(one / "linear" / file), load_file(two / "linear" / file)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
-    logits, labels = load_logits(two / "linear/logits-validation.safetensors")
-    expected, _ = load_logits(one / "linear/logits-validation.safetensors")
-    assert len(labels) == 51  # an odd number, shared out over two processes
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    made = load_logits(two / "linear/logits-validation.safetensors")
+    alone = load_logits(one / "linear/logits-validation.safetensors")
+    assert len(made.labels) == 51  # an odd number, shared out over two processes
+    torch.testing.assert_close(made.logits, alone.logits, rtol=1e-4, atol=1e-4)
     reports = [
         json.loads((folder / "linear/metrics.jsonl").read_text().splitlines()[-1])["train"]
         for folder in (one, two)
@@ -496,6 +499,8 @@ def test_two_processes_train_the_same_classifier_as_one(tmp_path):
     assert reports[1] == pytest.approx(reports[0], rel=1e-4)
     # with BatchNorm each process normalises its own half; what is saved is what was evaluated
     loaded = load_classifier(two / "normalised")
-    logits, _ = load_logits(two / "normalised/logits-validation.safetensors")
-    assert logits.isfinite().all()
+    made = load_logits(two / "normalised/logits-validation.safetensors")
+    assert made.logits.isfinite().all()
+    weight, bias = made.head
+    torch.testing.assert_close(made.features @ weight.T + bias, made.logits, rtol=1e-4, atol=1e-4)
     assert loaded.num_classes == 4

@@ -21,6 +21,7 @@ from diffcal.calibration.training_config import (
     MixedConfig,
 )
 from diffcal.config import build_config
+from diffcal.data.logits import load_logits
 from diffcal.errors import ArtifactError, ConfigError, DataError
 from diffcal.models.classifier import load_classifier
 
@@ -38,6 +39,8 @@ CONFIG = TrainClassifierConfig(
     rows=600,
     test="digits",
     test_first_row=1600,
+    posthoc=(),
+    report=False,
     classifier=ClassifierConfig(
         model="cnn-tiny",
         epochs=2,
@@ -118,10 +121,78 @@ def test_train_with_and_without_the_mixed_set(published, tmp_path):
     assert moved["steps_this_call"] == summary["steps"]
 
 
+def test_posthoc_methods_and_report_follow_the_training(tmp_path):
+    methods = ("temperature", "feature_clipping+temperature")
+    config = replace(
+        CONFIG,
+        posthoc=methods,
+        posthoc_settings={"temperature": {"criterion": "ece", "search": "grid"}},
+        report=True,
+    )
+    out = tmp_path / "run"
+    summary = train_classifier(config, out, device="cpu")
+    table = summary["posthoc"]
+    assert list(table) == ["before", *methods]
+    for name in ("accuracy", "nll", "brier"):
+        assert table["before"][name] == pytest.approx(summary["test"][name], abs=1e-5)
+    # the method was fitted with the settings given, on the validation images
+    fitted = json.loads((out / "posthoc/temperature/calibrator.json").read_text())
+    assert fitted["settings"][0]["search"] == "grid"
+    raw = load_logits(out / "logits-test.safetensors")
+    calibrated = load_logits(out / "posthoc/temperature/logits-test.safetensors")
+    scaled = raw.logits / fitted["fitted"]["temperature"]
+    torch.testing.assert_close(calibrated.logits, scaled, rtol=1e-5, atol=1e-5)
+    metrics = json.loads((out / "posthoc/metrics.json").read_text())
+    assert metrics["after"]["temperature"]["validation"]["ece"]["value"] <= (
+        metrics["before"]["validation"]["ece"]["value"] + 1e-9
+    )
+    weight, bias = raw.head
+    torch.testing.assert_close(raw.features @ weight.T + bias, raw.logits, rtol=1e-4, atol=1e-4)
+    report = json.loads(Path(summary["report"]).with_suffix(".json").read_text())
+    assert [model["name"] for model in report["models"]] == ["uncalibrated", *methods]
+    assert Path(summary["report"]).stat().st_size > 10_000
+
+    # other methods use the classifier that is there
+    fewer = replace(config, posthoc=("isotonic",), posthoc_settings={}, report=False)
+    again = train_classifier(fewer, out, device="cpu")
+    assert again["steps_this_call"] == 0
+    assert list(again["posthoc"]) == ["before", "isotonic"]
+    assert again["posthoc"]["before"] == table["before"]
+    assert not (out / "posthoc/temperature").exists()
+    assert "report" not in again
+
+
+def test_without_a_test_set_the_measures_are_those_of_the_validation_set(tmp_path):
+    config = replace(CONFIG, test=None, posthoc=("temperature",), report=True)
+    summary = train_classifier(config, tmp_path / "run", device="cpu")
+    assert summary["posthoc"]["before"]["accuracy"] == pytest.approx(
+        summary["validation"]["accuracy"], abs=1e-5
+    )
+    report = json.loads(Path(summary["report"]).with_suffix(".json").read_text())
+    assert [model["name"] for model in report["models"]] == ["uncalibrated"]
+    alone = replace(CONFIG, validation=0.0, posthoc=(), test=None, report=True)
+    summary = train_classifier(alone, tmp_path / "alone", device="cpu")
+    assert not {"posthoc", "report"} & set(summary)
+
+
+def test_posthoc_settings_are_checked_before_training():
+    with pytest.raises(ConfigError, match="fitted on validation images"):
+        replace(CONFIG, validation=0.0, posthoc=("temperature",))
+    with pytest.raises(ConfigError, match="did you mean temperature"):
+        replace(CONFIG, posthoc=("temperatur",))
+    with pytest.raises(ConfigError, match="settings of 'isotonic'"):
+        replace(CONFIG, posthoc=("temperature",), posthoc_settings={"isotonic": {"scheme": "x"}})
+    with pytest.raises(ConfigError, match="names no method"):
+        replace(CONFIG, posthoc=(), posthoc_settings={"temperature": {}})
+
+
 def test_presets_are_valid():
-    for path in PRESETS.glob("classifier-*.toml"):
-        config = build_config(TrainClassifierConfig, base=tomllib.loads(path.read_text()))
-        assert config.classifier.mixed.loss.name == "squared_error"
+    losses = {"cifar10": "squared_error", "digits": "squared_error", "quickstart": "cross_entropy"}
+    for name, loss in losses.items():
+        text = (PRESETS / f"classifier-{name}.toml").read_text()
+        config = build_config(TrainClassifierConfig, base=tomllib.loads(text))
+        assert config.classifier.mixed.loss.name == loss
+        assert config.report == (name != "quickstart")
 
 
 def test_bad_input_is_named(published, tmp_path):
