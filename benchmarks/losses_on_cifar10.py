@@ -45,7 +45,7 @@ LOSSES: dict[str, LossConfig] = {
 METHODS = (
     "temperature", "vector", "matrix", "dirichlet", "ets", "pts", "cts", "group", "procal",
     "histogram", "isotonic", "bbq", "spline", "consistency", "feature_clipping",
-    "feature_clipping+temperature",
+    "feature_clipping+temperature", "temperature+procal", "temperature+isotonic", "temperature+spline",
 )  # fmt: skip
 MEASURES = {
     "ece": "ECE", "ece_mass": "adaptive ECE", "cw_ece": "classwise ECE", "smece": "smECE",
@@ -56,6 +56,15 @@ READ_ALSO = ("confidence", "noise_floor", "debiased_ce")
 PERCENT = {"ece", "ece_mass", "cw_ece", "smece", "accuracy", "confidence", "noise_floor"}
 PAPERS = ("CE", "focal-3", "FLSD-53", "Dual Focal", "BSCE-GRA")
 """The papers' order of ECE before calibration, worst first (arXiv:2305.13665, 2503.22725)."""
+COMPARED = (
+    ("ece", "before"), ("smece", "before"), ("nll", "before"),
+    ("ece", "temperature"), ("smece", "temperature"), ("nll", "temperature"),
+)  # fmt: skip
+NOTE_ORDER = (
+    "Second less first, paired by seed. By the papers every ECE falls from step to step. Bold: one "
+    "sign in all seeds and, for calibration errors, a mean beyond the noise floor."
+)
+NOTE_METHODS = "Above 0: temperature scaling is better. Bold as above."
 SEEDS = (0, 1, 2)
 TRAIN, VALIDATION = range(8_000), range(45_000, 47_000)
 TEST = {"development": range(5_000), "final": range(5_000, 10_000)}
@@ -133,10 +142,11 @@ def run(data: Path, runs: Path, loss: str, seed: int, part: str) -> dict[str, An
             labels = {"labels": content.labels, "features": features, "head": head}
             save_logits(logits[name], logits=z, **labels)
     calibration = folder / "calibration" / part
-    if not (calibration / "metrics.json").exists():
+    path = calibration / "metrics.json"
+    if not path.exists() or list(read_json(path)["after"]) != list(METHODS):
         asked = CalibrateConfig(methods=METHODS, measures=(*MEASURES, *READ_ALSO))
-        calibrate(asked, logits["validation"], [logits[part]], calibration)
-    table = read_json(calibration / "metrics.json")
+        calibrate(asked, logits["validation"], [logits[part]], calibration, overwrite=True)
+    table = read_json(path)
     log = (folder / "classifier" / "metrics.jsonl").read_text().splitlines()
     fitted = read_json(calibration / "temperature" / "calibrator.json")["fitted"]
     return {
@@ -157,7 +167,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"Written by `benchmarks/losses_on_cifar10.py`. {results['recipe']['model']}, training rows "
         f"{rows['train']}, {results['recipe']['epochs']} epochs; post-hoc methods fitted on rows "
         f"{rows['validation']}; judged on test rows {rows['test']} ({part} part). Mean ± standard "
-        f"deviation over {seeds} seeds; all but NLL, Brier score and T in percent, 15 bins.",
+        f"deviation over {seeds} seeds; all but NLL, Brier score and T in percent, 15 bins. ∞: a label "
+        "whose probability is 0.",
         "",
         "## Before any post-hoc method",
         "",
@@ -181,8 +192,27 @@ def markdown(results: dict[str, Any]) -> str:
             for method in ("before", *METHODS)
         ]
         lines += [title, "", *_table(["method", *summary], body), ""]
-    lines += ["## The papers' order of the losses, run by run", ""]
-    lines += [*_table(["figure", *(f"seed {s}" for s in _seeds(results))], _orders(results)), ""]
+    lines += ["## The papers' order of the losses", "", NOTE_ORDER, ""]
+    head = ["step", *(f"{MEASURES[m]}, {method}" for m, method in COMPARED)]
+    steps = [pair for pair in itertools.pairwise(PAPERS) if set(pair) <= set(summary)]
+    body = [
+        [f"{a} → {b}", *(_difference(results, (a, *c), (b, *c)) for c in _figures())]
+        for a, b in steps
+    ]
+    lines += [*_table(head, body), ""]
+    lines += ["## ECE of each method less that of temperature scaling", "", NOTE_METHODS, ""]
+    body = [
+        [
+            method,
+            *(
+                _difference(results, (loss, "temperature", "ece"), (loss, method, "ece"))
+                for loss in summary
+            ),
+        ]
+        for method in METHODS
+        if method != "temperature"
+    ]
+    lines += [*_table(["method", *summary], body), ""]
     body = [
         [loss, method, *(_cell(values[method][m], m) for m in MEASURES)]
         for loss, values in summary.items()
@@ -193,28 +223,31 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _orders(results: dict[str, Any]) -> list[list[str]]:
-    """Losses by falling error in each seed, to be held against :data:`PAPERS`."""
-    figures = [(m, method) for m in ("ece", "smece", "nll") for method in ("before", "temperature")]
-    return [
-        [
-            f"{MEASURES[measure]}, {method}",
-            *(
-                " > ".join(
-                    sorted(
-                        results["runs"],
-                        key=lambda loss: -results["runs"][loss][seed][method][measure],
-                    )
-                )
-                for seed in _seeds(results)
-            ),
-        ]
-        for measure, method in figures
-    ]
+def _figures() -> list[tuple[str, str]]:
+    return [(method, measure) for measure, method in COMPARED]
 
 
-def _seeds(results: dict[str, Any]) -> list[str]:
-    return list(next(iter(results["runs"].values())))
+def _difference(
+    results: dict[str, Any], first: tuple[str, str, str], second: tuple[str, str, str]
+) -> str:
+    """Second less first (each loss, method, measure), paired by seed; bold where it counts."""
+    runs, measure = results["runs"], first[2]
+
+    def values(of: tuple[str, str, str]) -> list[float | None]:
+        loss, method, name = of
+        return [one[method][name] for one in runs[loss].values()]
+
+    pairs = zip(values(first), values(second), strict=True)
+    changes = [b - a for a, b in pairs if a is not None and b is not None]
+    if len(changes) < len(runs[first[0]]):
+        return "∞"
+    floors = [one[first[1]]["noise_floor"] for one in runs[first[0]].values()]
+    floor = statistics.fmean(floors) if measure in PERCENT else 0.0
+    counts = abs(statistics.fmean(changes)) > floor and (
+        all(change > 0 for change in changes) or all(change < 0 for change in changes)
+    )
+    cell = _cell(_moments(changes), measure, sign="+")
+    return f"**{cell}**" if counts else cell
 
 
 def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -224,13 +257,20 @@ def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if isinstance(value, dict):
             made[name] = _summary([one[name] for one in runs])
         else:
-            values = [one[name] for one in runs]
-            sd = statistics.stdev(values) if len(values) > 1 else None
-            made[name] = {"mean": statistics.fmean(values), "sd": sd}
+            made[name] = _moments([one[name] for one in runs])
     return made
 
 
-def _plain(measured: dict[str, Any]) -> dict[str, float]:
+def _moments(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and standard deviation; None and None if a value is infinite, which JSON writes as null."""
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values):
+        return {"mean": None, "sd": None}
+    sd = statistics.stdev(finite) if len(finite) > 1 else None
+    return {"mean": statistics.fmean(finite), "sd": sd}
+
+
+def _plain(measured: dict[str, Any]) -> dict[str, float | None]:
     return {name: entry["value"] for name, entry in measured.items()}
 
 
@@ -253,11 +293,12 @@ def _title(measure: str) -> str:
     return MEASURES.get(measure, measure.replace("_", " "))
 
 
-def _cell(values: dict[str, float | None], measure: str) -> str:
+def _cell(values: dict[str, float | None], measure: str, sign: str = "") -> str:
     mean, sd = values["mean"], values["sd"]
-    assert mean is not None
+    if mean is None:
+        return "∞"
     scale, digits = (100.0, 2) if measure in PERCENT else (1.0, 3)
-    text = f"{scale * mean:.{digits}f}"
+    text = f"{scale * mean:{sign}.{digits}f}"
     return text if sd is None else f"{text} ± {scale * sd:.{digits}f}"
 
 
@@ -267,7 +308,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, help="folder of CIFAR-10's Parquet files")
     parser.add_argument("--runs", type=Path, required=True, help="networks and logits, kept")
     parser.add_argument("--part", choices=tuple(TEST), default="final")
