@@ -36,7 +36,12 @@ def test_translation_moves_a_constant_image_nowhere_and_a_peak_by_its_label():
     torch.testing.assert_close(out, constant, rtol=0, atol=1e-5)
     ramp = torch.linspace(-1, 1, 32).expand(6, 1, 32, 32).contiguous()
     config = AugmentConfig(
-        probability=1.0, xflip=False, scale=False, rotate=False, anisotropy=False, translate_std=0.05
+        probability=1.0,
+        xflip=False,
+        scale=False,
+        rotate=False,
+        anisotropy=False,
+        translate_std=0.05,
     )
     out, labels = augment(ramp, config, _generator(4))
     # Shifting right by s widths lowers the ramp by 2 s (its slope per width, 32/31) at the centre.
