@@ -101,6 +101,47 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True)
     export.add_argument("--shard-size", type=int, default=1000, help="images per tar file")
 
+    das = _group(commands, "das", "which training images a generated image owes itself to")
+    methods = ("das", "das-official", "dtrak", "trak", "digits")
+    index = _add(das, "index", "features of all training images (resumes)", _das_index)
+    index.add_argument(
+        "--model", help="checkpoint folder or hub name; short for --set model.source="
+    )
+    index.add_argument("--data", help="its training images; short for --set data.name=")
+    _run_flags(index, methods)
+    score = _add(das, "score", "most influential training images of each query", _das_score)
+    score.add_argument("--index", type=Path, required=True, help="folder of diffcal das index")
+    score.add_argument(
+        "--queries",
+        required=True,
+        help="run of diffcal csm, its generated/ or dataset/, labelled images, or image files",
+    )
+    score.add_argument("--top", type=int, help="training images to list for each query (20)")
+    score.add_argument("--rows", type=int, help="only the first so many queries")
+    score.add_argument(
+        "--unconditional", action="store_true", help="through the branch without a class"
+    )
+    score.add_argument("--model", help="where the index's model is now, if it moved")
+    score.add_argument("--data", help="where its training images are now, if they moved")
+    score.add_argument("--out", type=Path, help="output folder (INDEX/scores)")
+    score.add_argument("--config", type=Path, help="TOML file with settings")
+    score.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override, as scores.readout=signed",
+    )
+    score.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    score.add_argument("--overwrite", action="store_true", help="replace other scores there")
+    score.add_argument("--dry-run", action="store_true", help="print the settings and stop")
+    explain = _add(das, "explain", "a page with some queries and the images behind them", _explain)
+    explain.add_argument("scores", type=Path, help="folder of diffcal das score")
+    explain.add_argument("--query", action="append", default=[], help="id of a query; repeatable")
+    explain.add_argument("--top", type=int, default=10, help="training images to show for each")
+    explain.add_argument("--data", help="where the training images are now, if they moved")
+    explain.add_argument("--out", type=Path, help="file to write (SCORES/gallery.html)")
+
     _run_flags(
         _add(commands, "train-diffusion", "train a class-conditional denoiser", _train_diffusion),
         presets=("digits", "cifar10"),
@@ -265,6 +306,51 @@ def _webdataset(args: argparse.Namespace) -> Any:
 
     paths = export_webdataset(args.dataset, args.out, shard_size=args.shard_size)
     return {"out": str(args.out), "shards": len(paths)}
+
+
+def _das_index(args: argparse.Namespace) -> Any:
+    from diffcal.workflows import das
+
+    overrides = list(args.set)
+    for key, value in (("model.source", args.model), ("data.name", args.data)):
+        if value is not None:
+            overrides.append(f"{key}={json.dumps(value)}")
+    if args.seed is not None:
+        overrides += [f"features.noise_seed={args.seed}", f"features.projection.seed={args.seed}"]
+    config = das.das_config(args.preset, overrides, file=args.config)
+    if args.dry_run:
+        return _dry(config)
+    return das.index(config, args.out, device=args.device, overwrite=args.overwrite)
+
+
+def _das_score(args: argparse.Namespace) -> Any:
+    from diffcal.workflows import das
+    from diffcal.workflows.das_score import score_queries
+
+    overrides = list(args.set)
+    for key, value in (("top", args.top), ("queries.rows", args.rows)):
+        if value is not None:
+            overrides.append(f"{key}={value}")
+    if args.unconditional:
+        overrides.append("queries.unconditional=true")
+    config = das.score_config(args.index, args.queries, overrides, file=args.config)
+    if args.dry_run:
+        return _dry(config)
+    return score_queries(
+        args.index,
+        config,
+        args.out,
+        model=args.model,
+        data=args.data,
+        device=args.device,
+        overwrite=args.overwrite,
+    )
+
+
+def _explain(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.das_report import explain_scores
+
+    return explain_scores(args.scores, args.query, top=args.top, out=args.out, data=args.data)
 
 
 def _train_diffusion(args: argparse.Namespace) -> Any:

@@ -21,7 +21,7 @@ from diffcal.core.runs import fingerprint, sha256_file
 from diffcal.data.images import decode_image
 from diffcal.errors import DataError
 
-__all__ = ["ImageSource", "open_images"]
+__all__ = ["IMAGE_SUFFIXES", "ImageSource", "ParquetSource", "open_images"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

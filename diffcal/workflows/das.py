@@ -1,0 +1,114 @@
+"""Diffusion attribution scores, from a model and its training images to an explained gallery.
+
+    from diffcal.workflows import das
+
+    das.index(das.das_config("digits"), "runs/das")             # features of all training images
+    das.score("runs/das", "runs/csm/generated", top=20)         # tables and gallery.html
+    das.explain("runs/das/scores", ["17"], out="17.html")       # one query more closely
+
+Stages, each an artefact that the next one reads:
+
+1. index: for each training image the gradient of a functional of the model's output, averaged over
+   timesteps and projected (das.md, sections 2 and 4), and the kernel of all of them;
+2. score: the same features of the queries, and ``(ψᵀ (K + λI)⁻¹ φ)²`` against every training image;
+3. explain: the images themselves beside each other;
+4. lds: does it hold? Models trained on random halves of the data say (``diffcal das lds``).
+
+Source: Lin et al. 2025, "Diffusion Attribution Score" (arXiv:2410.18639). The default deviates: one
+noise shared by all images, a sparse sketch, relative damping; ``das_config("das-official")`` has the
+published settings, ``dtrak`` and ``trak`` the methods it is compared with.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffcal.attribution.score_config import ScoreConfig
+from diffcal.config import build_config
+from diffcal.diffusion.denoisers import Denoiser
+from diffcal.workflows.das_config import METHODS, DasConfig, das_config
+from diffcal.workflows.das_index import AttributionIndex, build_index, read_manifest_of_index
+from diffcal.workflows.das_report import explain_scores
+from diffcal.workflows.das_score import QueryConfig, ScoreRunConfig, score_queries
+
+__all__ = [
+    "METHODS",
+    "AttributionIndex",
+    "DasConfig",
+    "das_config",
+    "explain",
+    "index",
+    "score",
+    "score_config",
+]
+
+
+def index(
+    config: DasConfig,
+    out: Path | str,
+    *,
+    denoiser: Denoiser | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Features and kernel of all training images; see :func:`~.das_index.build_index`."""
+    return build_index(config, Path(out), denoiser=denoiser, device=device, overwrite=overwrite)
+
+
+def score(
+    index: Path | str,
+    queries: Path | str,
+    out: Path | str | None = None,
+    *,
+    top: int = 20,
+    rows: int | None = None,
+    scores: ScoreConfig | None = None,
+    denoiser: Denoiser | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Scores of queries against all training images; see :func:`~.das_score.score_queries`.
+
+    Args:
+        queries: A run of ``diffcal csm``, any labelled images, or a folder of image files.
+        rows: Only the first so many.
+        scores: Other scores of the same features than the index's own.
+    """
+    config = ScoreRunConfig(
+        queries=QueryConfig(name=str(queries), rows=rows), scores=scores, top=top
+    )
+    return score_queries(
+        Path(index),
+        config,
+        None if out is None else Path(out),
+        denoiser=denoiser,
+        device=device,
+        overwrite=overwrite,
+    )
+
+
+def explain(
+    scores: Path | str,
+    queries: Sequence[str] = (),
+    *,
+    top: int = 10,
+    out: Path | str | None = None,
+) -> dict[str, Any]:
+    """A page of queries with the images behind them; see :func:`~.das_report.explain_scores`."""
+    return explain_scores(Path(scores), queries, top=top, out=None if out is None else Path(out))
+
+
+def score_config(
+    index: Path, queries: str, overrides: Sequence[str] = (), *, file: Path | None = None
+) -> ScoreRunConfig:
+    """Settings of a scoring: the index's scores, then a TOML file, then overrides.
+
+    Raises:
+        ArtifactError: no finished index.
+        ConfigError: unknown or wrong settings.
+    """
+    base = {
+        "queries": {"name": queries},
+        "scores": read_manifest_of_index(index)["config"]["scores"],
+    }
+    return build_config(ScoreRunConfig, file, overrides, base)

@@ -1,0 +1,290 @@
+"""``diffcal das explain``: a gallery of queries with the training images behind them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffcal.core.runs import read_json, sha256_file
+from diffcal.data.images import encode_png
+from diffcal.data.sources import open_images
+from diffcal.errors import ArtifactError, ConfigError
+from diffcal.workflows import html
+
+__all__ = ["Explanation", "explain_scores", "explanation_blocks", "load_explanations"]
+
+FORMAT = "diffcal-scores/1"
+SHOWN = 12
+"""Queries on a page unless they are named."""
+COPIES = 10
+"""Rows of the table of likely copies."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One query: PNG bytes and words for it and for the training images beside it."""
+
+    query: int | str
+    caption: str
+    image: bytes
+    top: tuple[tuple[bytes, str], ...]
+    """Most influential first."""
+    lowest: tuple[tuple[bytes, str], ...]
+    """Most opposing first; only for signed scores."""
+    nearest: tuple[tuple[bytes, str], ...]
+    facts: dict[str, float]
+    """``contributors``, ``dominance``, ``likeness``, ``isolation``, ``copy_score``."""
+
+
+def explain_scores(
+    scores: Path,
+    queries: Sequence[str] = (),
+    *,
+    top: int = 10,
+    out: Path | None = None,
+    data: str | None = None,
+) -> dict[str, Any]:
+    """Write a page that shows queries, what they owe themselves to, and what merely resembles them.
+
+    Args:
+        scores: Folder of ``diffcal das score``.
+        queries: Ids of the queries to show; the first dozen if none.
+        top: Training images to show for each.
+        out: File to write; ``SCORES/gallery.html`` if None.
+        data: Where the training images are now, if they moved.
+
+    Returns:
+        ``gallery`` (file), ``queries`` (shown).
+
+    Raises:
+        ArtifactError: no finished scores there, or damaged.
+        ConfigError: a query that was not scored.
+    """
+    manifest = _manifest(scores)
+    explanations = load_explanations(scores, queries, top=top, data=data)
+    config = manifest["config"]["scores"]
+    page = html.Page(
+        "Which training images made this?",
+        f"{manifest['training_images']} training images, method {manifest['method']}, "
+        f"readout {config['readout']}",
+    )
+    page.section("How to read this", *_reading(manifest))
+    page.section("Queries", *(b for item in explanations for b in explanation_blocks(item)))
+    page.section("Near copies", *_copies(scores))
+    page.section("Shares of the classes", *_classes(manifest))
+    path = out or scores / "gallery.html"
+    page.write(path)
+    return {"gallery": str(path), "queries": len(explanations)}
+
+
+def load_explanations(
+    scores: Path, queries: Sequence[str] = (), *, top: int = 10, data: str | None = None
+) -> list[Explanation]:
+    """Queries with images and words, from finished scores; see :func:`explain_scores`."""
+    import pyarrow.parquet as pq
+
+    manifest = _manifest(scores)
+    for name, digest in manifest["files"].items():
+        path = scores / name
+        if not path.is_file() or sha256_file(path) != digest:
+            raise ArtifactError(f"'{path}' is missing or damaged: run diffcal das score again")
+    tables = {name: pq.read_table(scores / name).to_pylist() for name in manifest["files"]}
+    order = {str(row["query"]): at for at, row in enumerate(tables["queries.parquet"])}
+    unknown = [name for name in queries if name not in order]
+    if unknown:
+        raise ConfigError(
+            f"'{unknown[0]}' was not scored; ids are {', '.join(list(order)[:5])} ..."
+        )
+    chosen = [order[name] for name in queries] or range(min(SHOWN, len(order)))
+    training = _Pictures(manifest["data"], data)
+    asked = _query_pictures(manifest["config"]["queries"])
+    found = []
+    for at in chosen:
+        facts = dict(tables["queries.parquet"][at])
+        query = facts["query"]
+        listed = {
+            name: sorted(
+                (row for row in tables.get(f"{name}.parquet", ()) if row["query"] == query),
+                key=lambda row: row["rank"],
+            )[:top]
+            for name in ("scores", "lowest", "nearest")
+        }
+        found.append(
+            Explanation(
+                query,
+                facts["caption"],
+                asked(at),
+                tuple(
+                    (training(row["training"]), training.words(row["training"], row))
+                    for row in listed["scores"]
+                ),
+                tuple(
+                    (training(row["training"]), training.words(row["training"], row))
+                    for row in listed["lowest"]
+                    if row["score"] < 0
+                ),
+                tuple(
+                    (training(row["training"]), training.words(row["training"], row))
+                    for row in listed["nearest"]
+                ),
+                {
+                    key: facts[key]
+                    for key in ("contributors", "dominance", "likeness", "isolation", "copy_score")
+                },
+            )
+        )
+    return found
+
+
+def explanation_blocks(item: Explanation, size: int = 72) -> list[html.Html]:
+    """One query as blocks of a page: the query, its contributors, opponents and neighbours."""
+    title = f"{item.query}" + (f" · {item.caption}" if item.caption else "")
+    query = html.image_grid(
+        [item.image],
+        [title],
+        per_row=1,
+        size=round(1.5 * size),
+        caption=f"{item.facts['contributors']:.0f} effective contributors",
+    )
+    rows = [("Most influential", item.top), ("Most opposing", item.lowest)]
+    rows.append(("Nearest in likeness", item.nearest))
+    grids = [
+        html.image_grid(
+            [image for image, _ in pictures],
+            [words for _, words in pictures],
+            per_row=5,
+            size=size,
+            caption=name,
+        )
+        for name, pictures in rows
+        if pictures
+    ]
+    return [html.columns(query, *grids)]
+
+
+def _reading(manifest: dict[str, Any]) -> list[str | html.Html]:
+    signed = manifest["config"]["scores"]["readout"] in ("signed", "signed_square")
+    return [
+        "Each query is shown with the training images whose removal is predicted to change most what "
+        "the model makes of it, and with the training images that merely resemble it. Percentages "
+        "are shares of the attribution to all training images."
+        + (
+            " Negative scores oppose: the model would make the query better without them."
+            if signed
+            else " The scores say how much an image matters, not whether it helps or harms."
+        ),
+        html.facts(
+            {
+                "queries' mean share of the first image": _percent(
+                    manifest["summary"]["mean_top_share"]
+                ),
+                "effective contributors (median)": manifest["summary"]["median_contributors"],
+                "first contributor among the nearest": _percent(
+                    manifest["summary"]["first_is_near"]
+                ),
+            }
+        ),
+    ]
+
+
+def _copies(scores: Path) -> list[str | html.Html]:
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(scores / "queries.parquet").to_pylist()
+    rows.sort(key=lambda row: -row["copy_score"])
+    header = ["query", "copy score", "of image", "its share", "nearest", "likeness", "isolation"]
+    cells = [
+        [
+            str(row["query"]),
+            row["copy_score"],
+            str(row["copy_of"]),
+            _percent(row["dominance"]),
+            str(row["nearest"]),
+            row["likeness"],
+            row["isolation"],
+        ]
+        for row in rows[:COPIES]
+    ]
+    return [
+        "The copy score of a query is the largest product of attribution share and likeness over "
+        "training images: near 1 only if one image dominates the query and resembles it. Isolation is "
+        "how much nearer the nearest image is than the ones that follow it.",
+        html.table(header, cells),
+    ]
+
+
+def _classes(manifest: dict[str, Any]) -> list[str | html.Html]:
+    rows = [
+        [
+            group["name"],
+            html.Number(
+                group["share"],
+                _percent(group["share"]),
+                f"{_percent(group['low'])} to {_percent(group['high'])}",
+            ),
+            group["lift"],
+        ]
+        for group in sorted(manifest["classes"], key=lambda group: -group["share"])
+    ]
+    return [
+        "Share of all attribution that goes to training images of each class, with a 95 % interval "
+        "over queries; lift is the share divided by the class's part of the training set.",
+        html.table(["class", "share", "lift"], rows),
+    ]
+
+
+class _Pictures:
+    """Training images as PNG by id, and words under them."""
+
+    def __init__(self, data: dict[str, Any], name: str | None) -> None:
+        self.source = open_images(
+            name or data["name"],
+            image_column=data["image_column"],
+            label_column=data["label_column"],
+        )
+        self._cache: dict[int, tuple[bytes, int]] = {}
+
+    def _load(self, row: int) -> tuple[bytes, int]:
+        if row not in self._cache:
+            _, images, labels = next(self.source.batches(1, [row]))
+            self._cache[row] = (encode_png(images[0]), int(labels[0]))
+        return self._cache[row]
+
+    def __call__(self, row: int) -> bytes:
+        return self._load(row)[0]
+
+    def words(self, row: int, values: dict[str, Any]) -> str:
+        parts = [f"#{row}", self.source.class_names[self._load(row)[1]]]
+        if "share" in values:
+            parts.append(f"{100 * values['share']:.1f} %")
+        elif "score" in values:
+            parts.append(f"{values['score']:.2g}")
+        if "likeness" in values:
+            parts.append(f"cos {values['likeness']:.2f}")
+        return " · ".join(parts)
+
+
+def _query_pictures(queries: dict[str, Any]) -> Any:
+    from diffcal.workflows.das_images import query_source
+
+    source = query_source(queries["name"], queries["image_column"], queries["label_column"])
+
+    def picture(at: int) -> bytes:
+        _, images, _ = next(source.batches(1, [queries["first_row"] + at]))
+        return encode_png(images[0])
+
+    return picture
+
+
+def _manifest(scores: Path) -> dict[str, Any]:
+    path = scores / "scores.json"
+    if not path.exists():
+        raise ArtifactError(f"'{scores}' holds no finished scores: run diffcal das score")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"'{path}' is not of format {FORMAT}")
+    return manifest
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
