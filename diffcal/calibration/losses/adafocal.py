@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcal.calibration.losses.class_weights import StepPower
 from diffcal.calibration.losses.contract import Contract, loss_rows, reduced
 from diffcal.calibration.losses.epoch_loss import EpochEnd, EpochLoss
-from diffcal.calibration.losses.expectation import safe_power
 from diffcal.calibration.losses.focal import of_each_class
 from diffcal.errors import ConfigError, DataError
 
@@ -43,16 +43,8 @@ def adafocal(
     if len(edges) != len(gammas) + 1:
         raise DataError(f"{len(gammas)} gammas need {len(gammas) + 1} edges, got {len(edges)}")
     rows = loss_rows(logits, targets, contract)
-    inner, table = edges[1:-1].to(rows.logits).contiguous(), gammas.to(rows.logits)
-
-    def loss(log_p: Tensor) -> Tensor:
-        p = log_p.exp()
-        gamma = table[torch.bucketize(p.detach(), inner)]
-        # one power for both sides: (1 - p)^gamma or (1 + p)^|gamma|
-        base = torch.where(gamma >= 0, -log_p.expm1(), 1 + p)
-        return -safe_power(base, gamma.abs()) * log_p
-
-    return reduced(of_each_class(rows, loss), rows, contract)
+    weight = StepPower(gammas, edges[1:-1])
+    return reduced(of_each_class(rows, weight), rows, contract)
 
 
 def next_gammas(

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcal.calibration.losses.class_weights import safe_power
 from diffcal.calibration.losses.contract import Contract, RowLoss, Rows, loss_rows, reduced
 from diffcal.calibration.losses.expectation import (
     Soft,
@@ -19,7 +20,6 @@ from diffcal.calibration.losses.expectation import (
     check_gamma,
     check_soft_form,
     expected_loss,
-    safe_power,
 )
 from diffcal.calibration.losses.row_statistics import row_statistics
 from diffcal.errors import ConfigError

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcal.calibration.losses.class_weights import safe_power
 from diffcal.calibration.losses.contract import Contract, RowLoss, Rows, loss_rows, reduced
-from diffcal.calibration.losses.expectation import check_gamma, expected_loss, safe_power
+from diffcal.calibration.losses.expectation import check_gamma, expected_loss
 from diffcal.calibration.losses.row_statistics import row_statistics
 
 __all__ = ["DualFocal", "DualFocalGra", "dual_focal", "dual_focal_gra"]

@@ -6,9 +6,12 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
+from diffcal.calibration.losses.class_weights import ClassWeight
 from diffcal.calibration.losses.contract import Rows
-from diffcal.calibration.losses.row_blocks import by_blocks
+from diffcal.calibration.losses.row_blocks import block_of, by_blocks, in_blocks, row_blocks
+from diffcal.calibration.losses.statistics_blocks import UNDERFLOWN
 from diffcal.errors import ConfigError
 
 __all__ = [
@@ -17,7 +20,7 @@ __all__ = [
     "check_gamma",
     "check_soft_form",
     "expected_loss",
-    "safe_power",
+    "expected_weighted_loss",
 ]
 
 Soft = Literal["expectation", "distance"]
@@ -48,20 +51,72 @@ def expected_loss(
     return by_blocks(rows, formula)
 
 
-def safe_power(base: Tensor, exponent: Tensor | float) -> Tensor:
-    """``base ** exponent`` for ``base >= 0``, with a finite gradient everywhere.
+def expected_weighted_loss(rows: Rows, weight: ClassWeight) -> Float[Tensor, " n"]:
+    """``-sum_k q_k u_k ln p_k`` of each row of soft targets, by blocks in closed form where it pays.
 
-    1 where the exponent is 0; else 0 with gradient 0 where the base is at most the dtype's smallest
-    normal number, since exponents below 1 have an infinite slope there.
+    With ``h_k = -q_k (u_k + p_k u_k' ln p_k)``, the derivative in ``ln p_k``, the gradient in the
+    logits is ``h - p sum_k h_k``.
     """
-    if not isinstance(exponent, Tensor):
-        if exponent == 0:
-            return torch.ones_like(base)
-        positive = base > torch.finfo(base.dtype).tiny
-        return torch.where(positive, torch.where(positive, base, 1) ** exponent, 0)
-    positive = base > torch.finfo(base.dtype).tiny
-    power = torch.where(positive, base, 1) ** exponent
-    return torch.where(positive | (exponent == 0), power, 0)
+    assert rows.soft is not None
+    if in_blocks(rows.logits, rows.soft):
+        return _BlockedExpectation.apply(rows.logits, rows.soft, weight)  # type: ignore[no-any-return]
+    return _weighted(rows.logits, rows.soft, weight)
+
+
+def _weighted(z: Tensor, soft: Tensor, weight: ClassWeight, dim: int = 1) -> Tensor:
+    log_p = torch.log_softmax(z, dim)
+    return -torch.where(soft > 0, soft * weight.of(log_p, dim) * log_p, 0).sum(dim)
+
+
+class _BlockedExpectation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, z: Tensor, soft: Tensor, weight: ClassWeight) -> Tensor:
+        ctx.save_for_backward(z, soft)
+        ctx.weight = weight  # type: ignore[attr-defined]
+        parts = []
+        for rows, dim in row_blocks(z):
+            block, _, q = block_of(z, None, soft, rows, dim)
+            assert q is not None
+            log_p, p, rest = _probabilities(block, dim)
+            u, _ = weight.in_block(p, rest, dim, False)
+            values = u.mul_(q).mul_(log_p).sum(dim).neg_()
+            if not bool(values.isfinite().all()):  # 0 * infinity is NaN, and must be 0
+                values = _weighted(block, q, weight, dim)
+            parts.append(values)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        z, soft = ctx.saved_tensors  # type: ignore[attr-defined]
+        weight: ClassWeight = ctx.weight  # type: ignore[attr-defined]
+        (slope,) = grads
+        if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
+            values = _weighted(z, soft, weight)
+            (grad,) = torch.autograd.grad(values, z, slope, create_graph=True)
+            return grad, None, None
+        out = torch.empty_like(z, memory_format=torch.contiguous_format)
+        for rows, dim in row_blocks(z):
+            block, _, q = block_of(z, None, soft, rows, dim)
+            assert q is not None
+            log_p, p, rest = _probabilities(block, dim)
+            h, du = weight.in_block(p, rest, dim, True)
+            if du is not None:
+                h.addcmul_(du.mul_(p), log_p.clamp_(min=UNDERFLOWN))
+            h.mul_(q).mul_(slope[rows].unsqueeze(dim))
+            grad = p.mul_(h.sum(dim, keepdim=True)).sub_(h)
+            out[rows] = grad if dim == 1 else grad.t()
+        return out, None, None
+
+
+def _probabilities(z: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``ln p``, ``p`` and ``1 - p`` of a block."""
+    log_p, p = torch.log_softmax(z, dim), torch.softmax(z, dim)
+    rest = 1 - p
+    # only the largest probability can be close to 1; ties are not, for them this changes nothing
+    top = p.amax(dim, keepdim=True)
+    exact = -torch.expm1(log_p.amax(dim, keepdim=True))
+    rest.addcmul_(torch.eq(p, top, out=torch.empty_like(p)), exact - (1 - top))
+    return log_p, p, rest.clamp_(min=torch.finfo(p.dtype).tiny)
 
 
 def beyond_rounding(distance: Tensor, power: float) -> Tensor:

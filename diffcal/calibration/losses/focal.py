@@ -10,21 +10,20 @@ Soft targets: the expectation over classes, weight and gamma of class k from ``p
 (:data:`diffcal.calibration.losses.expectation.Soft`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Unpack
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcal.calibration.losses.class_weights import StepPower, safe_power
 from diffcal.calibration.losses.contract import Contract, RowLoss, Rows, loss_rows, reduced
 from diffcal.calibration.losses.expectation import (
     Soft,
     beyond_rounding,
     check_gamma,
     check_soft_form,
-    expected_loss,
-    safe_power,
+    expected_weighted_loss,
 )
 from diffcal.calibration.losses.row_statistics import row_statistics
 from diffcal.errors import ConfigError
@@ -86,7 +85,7 @@ def focal(
             * statistics.cross_entropy
         )
     else:
-        values = of_each_class(rows, lambda log_p: -safe_power(-log_p.expm1(), gamma) * log_p)
+        values = of_each_class(rows, StepPower((gamma,)))
     return reduced(values, rows, contract)
 
 
@@ -112,11 +111,9 @@ def flsd(
     """
     table = _checked(table)
     rows = loss_rows(logits, targets, contract)
-
-    def values(log_p: Tensor) -> Tensor:
-        return -safe_power(-log_p.expm1(), gamma_of(log_p, table)) * log_p
-
-    return reduced(of_each_class(rows, values), rows, contract)
+    bounds, gammas = zip(*table, strict=True)
+    weight = StepPower(gammas, bounds[:-1], edge_above=True)
+    return reduced(of_each_class(rows, weight), rows, contract)
 
 
 def inverse_focal(
@@ -135,8 +132,7 @@ def inverse_focal(
     """
     check_gamma(gamma)
     rows = loss_rows(logits, targets, contract)
-    values = of_each_class(rows, lambda log_p: -((1 + log_p.exp()) ** gamma) * log_p)
-    return reduced(values, rows, contract)
+    return reduced(of_each_class(rows, StepPower((-gamma,))), rows, contract)
 
 
 def focal_gradient_ratio(p: Float[Tensor, "*n"], gamma: float) -> Float[Tensor, "*n"]:
@@ -209,19 +205,12 @@ class InverseFocal(RowLoss):
         return inverse_focal(logits, targets, gamma=self.gamma, **self.contract())
 
 
-def of_each_class(rows: Rows, values: Callable[[Tensor], Tensor]) -> Float[Tensor, " n"]:
-    """Expectation of a loss that depends on the true class's log-probability alone."""
+def of_each_class(rows: Rows, weight: StepPower) -> Float[Tensor, " n"]:
+    """``-u ln p_y`` with a weight by the true class's probability; for soft targets its expectation."""
     if rows.soft is None:
-        return values(-row_statistics(rows).cross_entropy)
-    return expected_loss(rows, lambda z, log_p, dim: values(log_p))
-
-
-def gamma_of(log_p: Tensor, table: GammaTable) -> Tensor:
-    p = log_p.detach().exp()
-    gamma = torch.full_like(p, table[-1][1])
-    for bound, value in reversed(table[:-1]):
-        gamma = torch.where(p < bound, value, gamma)
-    return gamma
+        log_p = -row_statistics(rows).cross_entropy
+        return -weight.of(log_p) * log_p
+    return expected_weighted_loss(rows, weight)
 
 
 def _checked(table: GammaTable) -> GammaTable:

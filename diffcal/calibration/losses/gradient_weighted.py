@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffcal.calibration.losses.bsce import relative_weight
+from diffcal.calibration.losses.class_weights import StepPower, TopLabelBrier, safe_power
 from diffcal.calibration.losses.contract import Contract, RowLoss, loss_rows, reduced
-from diffcal.calibration.losses.expectation import check_gamma, expected_loss, safe_power
+from diffcal.calibration.losses.expectation import check_gamma, expected_weighted_loss
 from diffcal.calibration.losses.focal import of_each_class
 from diffcal.calibration.losses.row_statistics import row_statistics
 from diffcal.errors import DataError
@@ -49,11 +50,7 @@ def focal_gra(
     """
     check_gamma(gamma)
     rows = loss_rows(logits, targets, contract)
-
-    def loss(log_p: Tensor) -> Tensor:
-        return -safe_power(-log_p.detach().expm1(), gamma) * log_p
-
-    return reduced(of_each_class(rows, loss), rows, contract)
+    return reduced(of_each_class(rows, StepPower((gamma,), constant=True)), rows, contract)
 
 
 def tlbs_gra(
@@ -82,14 +79,7 @@ def tlbs_gra(
             log_top = top - z.gather(1, rows.labels[:, None])[:, 0] - cross_entropy
             weight = safe_power(torch.where(right, -log_top.expm1(), log_top.exp()), gamma)
         return reduced(weight * cross_entropy, rows, contract)
-
-    def per_class(z: Tensor, log_p: Tensor, dim: int) -> Tensor:
-        with torch.no_grad():
-            log_top, best = log_p.max(dim, keepdim=True)
-            u = log_top.exp().expand_as(log_p).scatter(dim, best, -log_top.expm1())
-        return -safe_power(u, gamma) * log_p
-
-    return reduced(expected_loss(rows, per_class), rows, contract)
+    return reduced(expected_weighted_loss(rows, TopLabelBrier(gamma)), rows, contract)
 
 
 def uncertainty_weighted(

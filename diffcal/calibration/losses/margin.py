@@ -8,9 +8,10 @@ from typing import Unpack
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcal.calibration.losses.contract import Contract, loss_rows, reduced
-from diffcal.calibration.losses.regularised import RegularisedLoss, check_coefficient
-from diffcal.calibration.losses.row_blocks import by_blocks
+from diffcal.calibration.losses.contract import Contract, Rows, loss_rows, reduced
+from diffcal.calibration.losses.regularised import LossParts, RegularisedLoss, check_coefficient
+from diffcal.calibration.losses.row_statistics import row_statistics
+from diffcal.calibration.losses.statistics_blocks import Excess
 from diffcal.errors import ConfigError
 
 __all__ = ["Acls", "Mbls", "acls_term", "mbls_term"]
@@ -38,10 +39,7 @@ def mbls_term(
     _check_margin(margin)
     rows = loss_rows(logits, targets, contract)
 
-    def formula(z: Tensor, labels: Tensor | None, soft: Tensor | None, dim: int) -> Tensor:
-        return (z.amax(dim, keepdim=True) - z - margin).relu().mean(dim)
-
-    return reduced(by_blocks(rows, formula), rows, contract)
+    return reduced(_mbls_rows(rows, margin)[1], rows, contract)
 
 
 def acls_term(
@@ -69,14 +67,7 @@ def acls_term(
     check_coefficient(neg_lambda)
     rows = loss_rows(logits, targets, contract)
 
-    def formula(z: Tensor, labels: Tensor | None, soft: Tensor | None, dim: int) -> Tensor:
-        top = z.amax(dim, keepdim=True)
-        over = (top - margin).relu().square().squeeze(dim)
-        # the largest class itself adds nothing as the margin is not negative
-        far = (top.detach() - z - margin).relu().square().sum(dim) / (z.shape[dim] - 1)
-        return pos_lambda * over + neg_lambda * far
-
-    return reduced(by_blocks(rows, formula), rows, contract)
+    return reduced(_acls_rows(rows, margin, pos_lambda, neg_lambda)[1], rows, contract)
 
 
 class Mbls(RegularisedLoss):
@@ -90,6 +81,11 @@ class Mbls(RegularisedLoss):
 
     def term(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> Float[Tensor, "*r"]:
         return mbls_term(logits, targets, margin=self.margin, **self.contract())
+
+    def parts(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> LossParts:
+        """The loss, the cross-entropy and the term, reduced alike; both from one reading."""
+        rows = loss_rows(logits, targets, self.contract())
+        return self.combined(*_mbls_rows(rows, self.margin), rows)
 
 
 class Acls(RegularisedLoss):
@@ -117,6 +113,32 @@ class Acls(RegularisedLoss):
             neg_lambda=self.neg_lambda,
             **self.contract(),
         )
+
+    def parts(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> LossParts:
+        """The loss, the cross-entropy and the term, reduced alike; both from one reading."""
+        rows = loss_rows(logits, targets, self.contract())
+        values = _acls_rows(rows, self.margin, self.pos_lambda, self.neg_lambda)
+        return self.combined(*values, rows)
+
+
+def _mbls_rows(rows: Rows, margin: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and term of each row."""
+    statistics = row_statistics(rows, excess=Excess(margin))
+    assert statistics.excess is not None
+    return statistics.cross_entropy, statistics.excess / rows.logits.shape[1]
+
+
+def _acls_rows(
+    rows: Rows, margin: float, pos_lambda: float, neg_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and term of each row."""
+    statistics = row_statistics(rows, top=True, excess=Excess(margin, power=2, held=True))
+    assert statistics.top is not None
+    assert statistics.excess is not None
+    over = (statistics.top - margin).relu().square()
+    # the largest class itself adds nothing as the margin is not negative
+    far = statistics.excess / (rows.logits.shape[1] - 1)
+    return statistics.cross_entropy, pos_lambda * over + neg_lambda * far
 
 
 def _check_margin(margin: float) -> float:

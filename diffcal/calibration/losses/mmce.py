@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcal.calibration.losses.class_weights import safe_power
 from diffcal.calibration.losses.contract import Contract, Rows, loss_rows
-from diffcal.calibration.losses.expectation import safe_power
 from diffcal.calibration.losses.regularised import BatchRegularisedLoss
 from diffcal.errors import ConfigError
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcal.calibration.losses.contract import Contract, RowLoss, Rows, loss_rows
+from diffcal.calibration.losses.contract import Contract, RowLoss, Rows, loss_rows, reduced
 from diffcal.calibration.losses.expectation import check_gamma
 from diffcal.calibration.losses.focal import focal
 from diffcal.calibration.losses.soft_target import cross_entropy
@@ -67,6 +67,13 @@ class RegularisedLoss(RowLoss):
         """The loss and its two parts, all reduced alike."""
         base, term = self.base(logits, targets), self.term(logits, targets)
         return LossParts(base + self.coefficient * term, base, term)
+
+    def combined(
+        self, base: Float[Tensor, " n"], term: Float[Tensor, " n"], rows: Rows
+    ) -> LossParts:
+        """Base and term of each row, reduced alike, and the loss they make."""
+        parts = reduced(base, rows, self.contract()), reduced(term, rows, self.contract())
+        return LossParts(parts[0] + self.coefficient * parts[1], *parts)
 
     def forward(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> Float[Tensor, "*r"]:
         """The loss of ``targets``, hard or soft."""

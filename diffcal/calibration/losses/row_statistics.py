@@ -8,13 +8,15 @@ row has
     entropy         -sum_k p_k l_k
     distance        sum_k |p_k - q_k|^power
     below           max {l_k : z_k < z_y}, -inf if y is last          (hard labels only)
+    top             max_k z_k
+    excess          sum_k relu(max z - z_k - margin)^power
 
 A loss combines them with ordinary autograd on vectors of one number per row, so that each loss is
 written once and only this file is tuned. On a CPU large inputs are read in blocks of rows that stay
 in the cache, nothing of the logits' size is kept for the backward pass, and the gradient is written
-in its closed form: as every statistic is a function of ``l``, with ``H = d/dl`` the gradient in the
-logits is ``H - p sum_k H_k``. Elsewhere (other devices, small inputs, torch.compile, torch.func
-transforms, gradients of gradients) the same statistics are differentiated by autograd.
+in its closed form (:mod:`diffcal.calibration.losses.statistics_blocks`). Elsewhere (other devices,
+small inputs, torch.compile, torch.func transforms, gradients of gradients) the same statistics are
+differentiated by autograd.
 """
 
 from dataclasses import dataclass, replace
@@ -26,6 +28,12 @@ from torch.autograd.function import FunctionCtx
 
 from diffcal.calibration.losses.contract import Rows
 from diffcal.calibration.losses.row_blocks import block_of, in_blocks, row_blocks
+from diffcal.calibration.losses.statistics_blocks import (
+    Excess,
+    Wanted,
+    block_gradient,
+    block_statistics,
+)
 
 __all__ = ["RowStatistics", "row_statistics"]
 
@@ -39,18 +47,8 @@ class RowStatistics:
     entropy: Float[Tensor, " n"] | None = None
     distance: Float[Tensor, " n"] | None = None
     below: Float[Tensor, " n"] | None = None
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Which statistics are computed besides the cross-entropy."""
-
-    uniform: bool
-    entropy: bool
-    power: float | None
-    below: bool
-    dim: int = 1
-    """Axis of the classes: 1, or 0 in transposed blocks."""
+    top: Float[Tensor, " n"] | None = None
+    excess: Float[Tensor, " n"] | None = None
 
 
 def row_statistics(
@@ -60,6 +58,8 @@ def row_statistics(
     entropy: bool = False,
     power: float | None = None,
     below: bool = False,
+    top: bool = False,
+    excess: Excess | None = None,
 ) -> RowStatistics:
     """Differentiable statistics of each row of ``rows``.
 
@@ -70,23 +70,26 @@ def row_statistics(
         power: Also the distance with this exponent, at least 1.
         below: Also the log-probability of the best class strictly below the label's; of tied
             classes the first one gets the gradient. Hard labels only.
+        top: Also the largest logit; tied classes share its gradient.
+        excess: Also how far logits fall more than a margin below the largest.
     """
-    wanted = _Wanted(uniform, entropy, power, below)
+    wanted = Wanted(uniform, entropy, power, below, top, excess)
     z, labels, soft = rows.logits, rows.labels, rows.soft
     assert soft is None or not below
     if in_blocks(z, soft):
         values = _BlockedStatistics.apply(z, labels, soft, wanted)
     else:
         values = _statistics(z, labels, soft, wanted)
+    asked_for = (uniform, entropy, power is not None, below, top, excess is not None)
     rest = iter(values[1:])
     return RowStatistics(
         values[0],
-        *(next(rest) if asked else None for asked in (uniform, entropy, power is not None, below)),
+        *(next(rest) if asked else None for asked in asked_for),
     )
 
 
 def _statistics(
-    z: Tensor, labels: Tensor | None, soft: Tensor | None, wanted: _Wanted
+    z: Tensor, labels: Tensor | None, soft: Tensor | None, wanted: Wanted
 ) -> tuple[Tensor, ...]:
     """The statistics asked for, in the order of :class:`RowStatistics`."""
     dim = wanted.dim
@@ -116,6 +119,14 @@ def _statistics(
             values.append(lower.max(dim).values)
         else:
             values.append(lower.amax(dim))  # several times faster than finding the place too
+    if wanted.top or wanted.excess is not None:
+        top = z.amax(dim, keepdim=True)
+        if wanted.top:
+            values.append(top.squeeze(dim))
+        if wanted.excess is not None:
+            highest = top.detach() if wanted.excess.held else top
+            over = (highest - z - wanted.excess.margin).relu()
+            values.append((over.square() if wanted.excess.power == 2 else over).sum(dim))
     return tuple(values)
 
 
@@ -143,20 +154,21 @@ class _BlockedStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, z: Tensor, labels: Tensor | None, soft: Tensor | None, wanted: _Wanted
+        ctx: FunctionCtx, z: Tensor, labels: Tensor | None, soft: Tensor | None, wanted: Wanted
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(z, labels, soft)  # type: ignore[arg-type]
-        ctx.wanted = wanted  # type: ignore[attr-defined]
         parts = [
-            _statistics(*block_of(z, labels, soft, rows, dim), replace(wanted, dim=dim))
+            block_statistics(*block_of(z, labels, soft, rows, dim), replace(wanted, dim=dim))
             for rows, dim in row_blocks(z)
         ]
-        return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+        values = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(z, labels, soft, *values)  # type: ignore[arg-type]
+        ctx.wanted = wanted  # type: ignore[attr-defined]
+        return values
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        z, labels, soft = ctx.saved_tensors  # type: ignore[attr-defined]
-        wanted: _Wanted = ctx.wanted  # type: ignore[attr-defined]
+        z, labels, soft, *values = ctx.saved_tensors  # type: ignore[attr-defined]
+        wanted: Wanted = ctx.wanted  # type: ignore[attr-defined]
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
             values = _statistics(z, labels, soft, wanted)
             (grad,) = torch.autograd.grad(values, z, grads, create_graph=True)
@@ -165,83 +177,9 @@ class _BlockedStatistics(torch.autograd.Function):
         for rows, dim in row_blocks(z):
             block = block_of(z, labels, soft, rows, dim)
             slopes = [g[rows].unsqueeze(dim) for g in grads]
-            grad = _closed_form(*block, replace(wanted, dim=dim), slopes)
-            out[rows] = grad if dim == 1 else grad.t()
+            known = [v[rows].unsqueeze(dim) for v in values]
+            target = out[rows] if dim == 1 else torch.empty_like(block[0])
+            block_gradient(*block, replace(wanted, dim=dim), slopes, known, target)
+            if dim == 0:
+                out[rows] = target.t()
         return out, None, None, None
-
-
-def _closed_form(
-    z: Tensor,
-    labels: Tensor | None,
-    soft: Tensor | None,
-    wanted: _Wanted,
-    slopes: list[Tensor],
-) -> Tensor:
-    """Gradient in ``z`` of the statistics' sum weighted by ``slopes`` (kept axis of the classes)."""
-    dim, rest = wanted.dim, iter(slopes[1:])
-    index = None if labels is None else labels.unsqueeze(dim)
-    slope = slopes[0]
-    log_p = torch.log_softmax(z, dim)
-    log_p_y = None if index is None else log_p.gather(dim, index)
-    # the gradient is p * factor, less the targets' part; factor stays one number per row if it can
-    factor = slope if soft is None else slope * soft.sum(dim, keepdim=True)
-    at_uniform = at_entropy = at_below = place = distance_slope = None
-    if wanted.uniform:
-        at_uniform = next(rest)
-        factor = factor + at_uniform
-    if wanted.entropy:
-        at_entropy = next(rest)
-    if wanted.power is not None:
-        distance_slope = next(rest)
-        if wanted.power == 1 and log_p_y is not None:
-            # 2 (1 - p_y) is a function of l_y alone
-            extra = 2 * distance_slope * log_p_y.exp()
-            slope, factor, distance_slope = slope + extra, factor + extra, None
-    if wanted.below:
-        assert index is not None
-        best, place = torch.where(z < z.gather(dim, index), z, -torch.inf).max(dim, keepdim=True)
-        at_below = torch.where(best > -torch.inf, next(rest), 0)
-        factor = factor - at_below
-    kept = log_p if at_entropy is not None else None
-    p = log_p.exp() if kept is not None else log_p.exp_()
-    if distance_slope is not None:
-        assert wanted.power is not None
-        h = _distance_slope(p, log_p_y, index, soft, wanted.power, dim)
-        mean = (p * h).sum(dim, keepdim=True)
-        factor = h.sub_(mean).mul_(distance_slope).add_(factor)
-    if at_entropy is not None and kept is not None:
-        surprise = torch.where(p > 0, kept, 0)
-        surprise = surprise - (p * surprise).sum(dim, keepdim=True)
-        factor = factor - surprise.mul_(at_entropy)
-    grad = p.mul_(factor)
-    if at_uniform is not None:
-        grad.sub_(at_uniform / z.shape[dim])
-    if index is not None:
-        grad.scatter_add_(dim, index, -slope)
-    else:
-        assert soft is not None
-        grad.sub_(slope * soft)
-    if place is not None and at_below is not None:
-        grad.scatter_add_(dim, place, at_below)
-    return grad
-
-
-def _distance_slope(
-    p: Tensor,
-    log_p_y: Tensor | None,
-    index: Tensor | None,
-    soft: Tensor | None,
-    power: float,
-    dim: int,
-) -> Tensor:
-    """Derivative of the distance in ``p``."""
-    if index is not None and log_p_y is not None:
-        d = p.scatter(dim, index, torch.expm1(log_p_y))
-    else:
-        assert soft is not None
-        d = p - soft
-    if power == 2:
-        return d.mul_(2)
-    if power == 1:
-        return d.sign_()
-    return d.abs().pow_(power - 1).mul_(power).mul_(d.sign())

@@ -40,9 +40,13 @@ def check(case, dtype):
     torch.testing.assert_close(values.sum().double(), f64(case["sum"]), **tolerance)
     torch.testing.assert_close(mean.double(), f64(case["mean"]), **tolerance)
     expected = f64(case["grad_of_mean"])
-    if dtype == torch.float32 and case["id"] in ("bsce_n1_g1/S", "bsce_n2_g1/S"):
-        # the last row has p = q to 1e-12: the norm's direction, lost in float32, is taken as 0
-        assert (grad[-1] == 0).all()
+    if case["id"] in ("bsce_n1_g1/S", "bsce_n2_g1/S"):
+        # the last row has p = q to 1e-12: the norm's direction, lost in float32, is taken as 0, and
+        # in float64 known to the rounding of p over that distance
+        if dtype == torch.float32:
+            assert (grad[-1] == 0).all()
+        else:
+            torch.testing.assert_close(grad[-1], expected[-1], rtol=1e-3, atol=0)
         grad, expected = grad[:-1], expected[:-1]
     torch.testing.assert_close(grad.double(), expected, **tolerance)
 
