@@ -5,3 +5,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DIFFCAL_PROGRESS", "0")
+
+from hypothesis import settings  # noqa: E402
+
+# A deadline would measure time, and time says nothing about a busy machine.
+settings.register_profile("diffcal", deadline=None)
+settings.load_profile("diffcal")
