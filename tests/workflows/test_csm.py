@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -105,13 +106,20 @@ def test_quickstart_writes_a_report_that_shows_and_tells(tmp_path):
         quickstart(tmp_path / "q", seed=1, mixing=mixing, training=training)
 
 
-def test_bundled_weights_are_what_their_card_says():
-    folder = bundled_checkpoint("digits")
-    denoiser = load_denoiser("bundled:digits")
-    assert denoiser.sample_shape == (1, 8, 8)
-    assert denoiser.class_names == tuple(str(digit) for digit in range(10))
-    assert sha256_file(folder / "model.safetensors") in (folder / "README.md").read_text("utf-8")
-    with pytest.raises(CheckpointError, match=r"no checkpoint 'faces'; it has .*digits"):
+@pytest.mark.parametrize(("name", "shape"), [("digits", (1, 8, 8)), ("cifar10", (3, 32, 32))])
+def test_bundled_weights_are_what_their_card_says(name, shape):
+    folder = bundled_checkpoint(name)
+    denoiser = load_denoiser(f"bundled:{name}")
+    assert denoiser.sample_shape == shape
+    assert denoiser.num_classes == 10
+    sha256 = sha256_file(folder / "model.safetensors")
+    assert sha256 in (folder / "README.md").read_text("utf-8")
+    index = tomllib.loads((REPOSITORY / "checkpoints/index.toml").read_text("utf-8"))
+    assert index[name]["sha256"] == sha256
+
+
+def test_unknown_bundled_weights():
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'faces'; it has cifar10, digits"):
         load_denoiser("bundled:faces")
 
 
