@@ -9,9 +9,13 @@ from torch import Tensor
 from diffcal.calibration.losses.class_weights import safe_power
 from diffcal.calibration.losses.contract import Contract, RowLoss, Rows, loss_rows, reduced
 from diffcal.calibration.losses.expectation import check_gamma, expected_loss
+from diffcal.calibration.losses.row_blocks import in_blocks
 from diffcal.calibration.losses.row_statistics import row_statistics
 
 __all__ = ["DualFocal", "DualFocalGra", "dual_focal", "dual_focal_gra"]
+
+FEW = 4
+"""Classes with mass up to which each is taken as a hard label."""
 
 
 def dual_focal(
@@ -120,7 +124,29 @@ def _dual(rows: Rows, loss) -> Tensor:  # type: ignore[no-untyped-def]
         statistics = row_statistics(rows, below=True)
         assert statistics.below is not None
         return loss(-statistics.cross_entropy, statistics.below)
+    few = _few_classes(rows)
+    if few is not None:
+        total = rows.logits.new_zeros(len(rows.logits))
+        for mass, labels in zip(*(part.unbind(1) for part in few), strict=True):
+            values = _dual(Rows(rows.logits, labels, None, None, rows.shape), loss)
+            total = total + torch.where(mass > 0, mass * values, 0)
+        return total
     return expected_loss(rows, lambda z, log_p, dim: loss(log_p, _below_each_class(z, log_p, dim)))
+
+
+def _few_classes(rows: Rows) -> tuple[Tensor, Tensor] | None:
+    """Masses and classes of the targets, ``[n, m]``, where large targets have at most FEW of them.
+
+    Mixed images have two: looking below each takes far less than sorting all classes.
+    """
+    assert rows.soft is not None
+    if not in_blocks(rows.logits, rows.soft):
+        return None
+    most = int(rows.soft.sign().sum(dim=1).max())
+    if not 0 < most <= FEW < rows.soft.shape[1]:
+        return None
+    masses, classes = rows.soft.topk(most, dim=1)
+    return masses, classes
 
 
 def _below_each_class(z: Tensor, log_p: Tensor, dim: int) -> Tensor:

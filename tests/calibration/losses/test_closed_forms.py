@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from diffcal.calibration.losses import row_blocks
+from diffcal.calibration.losses import dual_focal, row_blocks
 from diffcal.calibration.losses.class_weights import StepPower, TopLabelBrier
 from diffcal.calibration.losses.contract import Rows
 from diffcal.calibration.losses.expectation import expected_weighted_loss
 from diffcal.calibration.losses.row_statistics import row_statistics
 from diffcal.calibration.losses.statistics_blocks import Excess
+from tests.calibration.losses.cases import value_and_gradient
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 WANTED = {
@@ -103,6 +104,21 @@ def test_expected_losses(name, k, monkeypatch):
     )
     torch.testing.assert_close(blocked, plain, **EXACT)
     torch.testing.assert_close(grad, plain_grad, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["dual_focal", "dual_focal_gra"])
+def test_dual_focal_of_few_classes_without_sorting(name, monkeypatch):
+    z, _, q = rows_of("soft", 40)
+    z, q = z[5:], q[5:]  # mass on two classes
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 120)
+    found = []
+    for few in (4, 0):  # by labels, by sorting
+        monkeypatch.setattr(dual_focal, "FEW", few)
+        found.append(value_and_gradient(getattr(dual_focal, name), z, q, reduction="none"))
+    torch.testing.assert_close(found[0], found[1], **EXACT)
+    assert dual_focal._few_classes(Rows(z, None, q, None, (4,))) is None
+    monkeypatch.setattr(dual_focal, "FEW", 4)
+    assert dual_focal._few_classes(Rows(z, None, q, None, (4,))) is not None
 
 
 def test_excluded_classes_cost_nothing(monkeypatch):
