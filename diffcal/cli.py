@@ -135,6 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     score.add_argument("--overwrite", action="store_true", help="replace other scores there")
     score.add_argument("--dry-run", action="store_true", help="print the settings and stop")
+    _run_flags(
+        _add(das, "lds", "train on random subsets and see whether scores predict it", _das_lds),
+        presets=("digits",),
+    )
     explain = _add(das, "explain", "a page with some queries and the images behind them", _explain)
     explain.add_argument("scores", type=Path, help="folder of diffcal das score")
     explain.add_argument("--query", action="append", default=[], help="id of a query; repeatable")
@@ -345,6 +349,16 @@ def _das_score(args: argparse.Namespace) -> Any:
         device=args.device,
         overwrite=args.overwrite,
     )
+
+
+def _das_lds(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.das_lds import run_lds
+    from diffcal.workflows.das_lds_config import LdsConfig
+
+    config = _build(LdsConfig, args, "lds")
+    if args.dry_run:
+        return _dry(config)
+    return run_lds(config, args.out, device=args.device, overwrite=args.overwrite)
 
 
 def _explain(args: argparse.Namespace) -> Any:

@@ -28,6 +28,8 @@ from diffcal.config import build_config
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.workflows.das_config import METHODS, DasConfig, das_config
 from diffcal.workflows.das_index import AttributionIndex, build_index, read_manifest_of_index
+from diffcal.workflows.das_lds import run_lds
+from diffcal.workflows.das_lds_config import LdsConfig
 from diffcal.workflows.das_report import explain_scores
 from diffcal.workflows.das_score import QueryConfig, ScoreRunConfig, score_queries
 
@@ -35,9 +37,11 @@ __all__ = [
     "METHODS",
     "AttributionIndex",
     "DasConfig",
+    "LdsConfig",
     "das_config",
     "explain",
     "index",
+    "lds",
     "score",
     "score_config",
 ]
@@ -96,6 +100,13 @@ def explain(
 ) -> dict[str, Any]:
     """A page of queries with the images behind them; see :func:`~.das_report.explain_scores`."""
     return explain_scores(Path(scores), queries, top=top, out=None if out is None else Path(out))
+
+
+def lds(
+    config: LdsConfig, out: Path | str, *, device: str = "auto", overwrite: bool = False
+) -> dict[str, Any]:
+    """Whether scores predict retraining; see :func:`~.das_lds.run_lds`."""
+    return run_lds(config, Path(out), device=device, overwrite=overwrite)
 
 
 def score_config(

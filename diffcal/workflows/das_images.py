@@ -48,7 +48,7 @@ class ConditionedImages:
         weights = None
         if self.weights is not None:
             weights = sha256_bytes(self.weights.float().contiguous().numpy().tobytes())
-        return fingerprint([self.source.fingerprint, self.rows.start, self.rows.stop, weights])
+        return fingerprint([self.source.fingerprint, *_ends(self.rows), weights])
 
     def images(self, positions: Sequence[int]) -> UInt8[Tensor, "n h w c"]:
         """Pixels of the images at ``positions``, in that order."""
@@ -74,7 +74,7 @@ def open_training_images(data: TrainingImages, denoiser: Denoiser) -> Conditione
         ConfigError: rows beyond the source.
     """
     source = open_images(data.name, image_column=data.image_column, label_column=data.label_column)
-    return _labelled(source, data.first_row, data.rows, denoiser)
+    return _labelled(source, _rows(source, data.first_row, data.rows), denoiser)
 
 
 def open_queries(
@@ -83,6 +83,7 @@ def open_queries(
     *,
     first_row: int = 0,
     rows: int | None = None,
+    stride: int = 1,
     unconditional: bool = False,
     image_column: str = "image",
     label_column: str = "label",
@@ -94,6 +95,8 @@ def open_queries(
             conditioned on the weights they were drawn with; any source of
             :func:`~diffcal.data.sources.open_images`, conditioned on labels; or a folder of image
             files without labels.
+        first_row, rows, stride: ``rows`` images from ``first_row`` on, every ``stride``-th one; all of
+            them if ``rows`` is None.
         unconditional: Take gradients through the branch without a class instead; needed for
             images without labels if the model has classes.
 
@@ -103,9 +106,9 @@ def open_queries(
     """
     source = query_source(name, image_column, label_column)
     if isinstance(source, MixedImages):
-        queries = _mixed(source, first_row, rows, denoiser)
+        queries = _mixed(source, _rows(source, first_row, rows, stride), denoiser)
     elif isinstance(source, LooseFiles):
-        chosen = _rows(source, first_row, rows)
+        chosen = _rows(source, first_row, rows, stride)
         ids = tuple(source.files[row].name for row in chosen)
         empty = ("",) * len(ids)
         if denoiser.condition_kind != "none" and not unconditional:
@@ -116,7 +119,7 @@ def open_queries(
             )
         queries = ConditionedImages(source, chosen, ids, empty, empty, None)
     else:
-        queries = _labelled(source, first_row, rows, denoiser)
+        queries = _labelled(source, _rows(source, first_row, rows, stride), denoiser)
     if unconditional or denoiser.condition_kind == "none":
         queries = ConditionedImages(
             queries.source, queries.rows, queries.ids, queries.captions, queries.groups, None
@@ -124,10 +127,7 @@ def open_queries(
     return queries
 
 
-def _labelled(
-    source: ImageSource, first: int, count: int | None, denoiser: Denoiser
-) -> ConditionedImages:
-    rows = _rows(source, first, count)
+def _labelled(source: ImageSource, rows: range, denoiser: Denoiser) -> ConditionedImages:
     labels = torch.cat([torch.as_tensor(part) for _, _, part in source.batches(1024, rows)]).long()
     names = tuple(source.class_names[label] for label in labels.tolist())
     weights = None
@@ -168,12 +168,9 @@ class MixedImages(ParquetSource):
         """Names of the classes that were mixed."""
 
 
-def _mixed(
-    source: MixedImages, first: int, count: int | None, denoiser: Denoiser
-) -> ConditionedImages:
+def _mixed(source: MixedImages, rows: range, denoiser: Denoiser) -> ConditionedImages:
     import pyarrow.parquet as pq
 
-    rows = _rows(source, first, count)
     columns: dict[str, list[Any]] = {"id": [], "classes": [], "weights": []}
     for path in source.files:
         table = pq.read_table(path, columns=list(columns))
@@ -223,11 +220,17 @@ def _loose_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _rows(source: ImageSource, first: int, count: int | None) -> range:
-    end = len(source) if count is None else first + count
+def _rows(source: ImageSource, first: int, count: int | None, stride: int = 1) -> range:
+    if stride < 1:
+        raise ConfigError(f"stride must be at least 1, got {stride}")
+    end = len(source) if count is None else first + (count - 1) * stride + 1
     if not 0 <= first < end <= len(source):
         raise ConfigError(f"rows {first} to {end} asked for, but '{source.name}' has {len(source)}")
-    return range(first, end)
+    return range(first, end, stride)
+
+
+def _ends(rows: range) -> list[int]:
+    return [rows.start, len(rows), rows.step]
 
 
 def _require_classes(name: str, classes: Sequence[str], denoiser: Denoiser) -> None:

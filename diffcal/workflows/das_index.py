@@ -136,6 +136,7 @@ class AttributionIndex:
         config = config_from_dict(DasConfig, values)
         denoiser = denoiser or open_model(config.model, device)
         store = FeatureStore.open(folder / "features")
+        store.verify()
         featuriser = make_featuriser(config, denoiser)
         store.require_spec({**featuriser.spec, "images": store.spec["images"]})
         training = open_training_images(config.data, denoiser)

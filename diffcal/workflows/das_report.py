@@ -11,7 +11,13 @@ from diffcal.data.sources import open_images
 from diffcal.errors import ArtifactError, ConfigError
 from diffcal.workflows import html
 
-__all__ = ["Explanation", "explain_scores", "explanation_blocks", "load_explanations"]
+__all__ = [
+    "Explanation",
+    "explain_scores",
+    "explanation_blocks",
+    "load_explanations",
+    "near_copies",
+]
 
 FORMAT = "diffcal-scores/1"
 SHOWN = 12
@@ -70,7 +76,7 @@ def explain_scores(
     )
     page.section("How to read this", *_reading(manifest))
     page.section("Queries", *(b for item in explanations for b in explanation_blocks(item)))
-    page.section("Near copies", *_copies(scores))
+    page.section("Near copies", *near_copies(scores))
     page.section("Shares of the classes", *_classes(manifest))
     path = out or scores / "gallery.html"
     page.write(path)
@@ -136,30 +142,34 @@ def load_explanations(
     return found
 
 
-def explanation_blocks(item: Explanation, size: int = 72) -> list[html.Html]:
+def explanation_blocks(item: Explanation, size: int = 68) -> list[html.Html]:
     """One query as blocks of a page: the query, its contributors, opponents and neighbours."""
     title = f"{item.query}" + (f" · {item.caption}" if item.caption else "")
     query = html.image_grid(
         [item.image],
         [title],
         per_row=1,
-        size=round(1.5 * size),
+        size=round(1.6 * size),
         caption=f"{item.facts['contributors']:.0f} effective contributors",
     )
-    rows = [("Most influential", item.top), ("Most opposing", item.lowest)]
-    rows.append(("Nearest in likeness", item.nearest))
-    grids = [
+    named = [("Most influential", item.top), ("Most opposing", item.lowest)]
+    named.append(("Nearest in likeness", item.nearest))
+    rows = "".join(
         html.image_grid(
             [image for image, _ in pictures],
             [words for _, words in pictures],
-            per_row=5,
+            per_row=10,
             size=size,
             caption=name,
         )
-        for name, pictures in rows
+        for name, pictures in named
         if pictures
-    ]
-    return [html.columns(query, *grids)]
+    )
+    # The query keeps its place at the left of all its rows.
+    left = f'<div style="flex:0 0 {round(1.6 * size)}px">{query}</div>'
+    right = f'<div style="flex:1;min-width:0">{rows}</div>'
+    style = "display:flex;gap:1.6rem;align-items:flex-start"
+    return [html.Html(f'<div style="{style}">{left}{right}</div>')]
 
 
 def _reading(manifest: dict[str, Any]) -> list[str | html.Html]:
@@ -187,12 +197,21 @@ def _reading(manifest: dict[str, Any]) -> list[str | html.Html]:
     ]
 
 
-def _copies(scores: Path) -> list[str | html.Html]:
+def near_copies(scores: Path, count: int = COPIES) -> list[str | html.Html]:
+    """The queries with the largest copy scores as blocks of a page."""
     import pyarrow.parquet as pq
 
     rows = pq.read_table(scores / "queries.parquet").to_pylist()
     rows.sort(key=lambda row: -row["copy_score"])
-    header = ["query", "copy score", "of image", "its share", "nearest", "likeness", "isolation"]
+    header = [
+        "query",
+        "copy score",
+        "of image",
+        "largest share",
+        "nearest",
+        "likeness",
+        "isolation",
+    ]
     cells = [
         [
             str(row["query"]),
@@ -203,7 +222,7 @@ def _copies(scores: Path) -> list[str | html.Html]:
             row["likeness"],
             row["isolation"],
         ]
-        for row in rows[:COPIES]
+        for row in rows[:count]
     ]
     return [
         "The copy score of a query is the largest product of attribution share and likeness over "
@@ -254,14 +273,15 @@ class _Pictures:
         return self._load(row)[0]
 
     def words(self, row: int, values: dict[str, Any]) -> str:
-        parts = [f"#{row}", self.source.class_names[self._load(row)[1]]]
+        parts = [f"#{row} · {self.source.class_names[self._load(row)[1]]}"]
         if "share" in values:
             parts.append(f"{100 * values['share']:.1f} %")
         elif "score" in values:
             parts.append(f"{values['score']:.2g}")
         if "likeness" in values:
             parts.append(f"cos {values['likeness']:.2f}")
-        return " · ".join(parts)
+        # Lines break between the parts only.
+        return " ".join(part.replace(" ", "\u00a0") for part in parts)
 
 
 def _query_pictures(queries: dict[str, Any]) -> Any:
@@ -270,7 +290,7 @@ def _query_pictures(queries: dict[str, Any]) -> Any:
     source = query_source(queries["name"], queries["image_column"], queries["label_column"])
 
     def picture(at: int) -> bytes:
-        _, images, _ = next(source.batches(1, [queries["first_row"] + at]))
+        _, images, _ = next(source.batches(1, [queries["first_row"] + at * queries["stride"]]))
         return encode_png(images[0])
 
     return picture

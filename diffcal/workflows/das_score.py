@@ -39,6 +39,8 @@ class QueryConfig:
     name: str = ""
     first_row: int = 0
     rows: int | None = None
+    stride: int = 1
+    """Take every so many rows."""
     unconditional: bool = False
     """Take gradients through the branch without a class."""
     image_column: str = "image"
@@ -137,6 +139,7 @@ def score_queries(
         opened.denoiser,
         first_row=config.queries.first_row,
         rows=config.queries.rows,
+        stride=config.queries.stride,
         unconditional=config.queries.unconditional,
         image_column=config.queries.image_column,
         label_column=config.queries.label_column,

@@ -11,8 +11,10 @@ from diffcal.config import build_config
 from diffcal.core.runs import claim_folder, write_json
 from diffcal.data.ladders import select_ladders
 from diffcal.data.logits import load_logits
-from diffcal.workflows import html
+from diffcal.workflows import das, html
 from diffcal.workflows.csm import CsmConfig, run_csm
+from diffcal.workflows.das_report import explanation_blocks, load_explanations, near_copies
+from diffcal.workflows.das_score import QueryConfig, ScoreRunConfig, score_queries
 from diffcal.workflows.previews import draw_ladder, draw_ratios
 from diffcal.workflows.report import ReportConfig, report_data, report_model, report_sections
 from diffcal.workflows.train_classifier import TrainClassifierConfig, train_classifier
@@ -21,6 +23,9 @@ __all__ = ["quickstart"]
 
 PRESETS = Path(__file__).parent / "presets"
 LADDERS = 6
+ATTRIBUTED = 24
+EXPLAINED = 3
+"""Of the attributed digits every third one of the first dozen is shown."""
 COMPARED = ("accuracy", "nll", "brier", "ece")
 
 logger = logging.getLogger(__name__)
@@ -34,8 +39,9 @@ def quickstart(
     device: str = "cpu",
     mixing: Sequence[str] = (),
     training: Sequence[str] = (),
+    attribution: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Mix, annotate, train with and without the mixed images, and write ``out/report.html``.
+    """Mix, annotate, train with and without the mixed images, attribute; write ``out/report.html``.
 
     Minutes on two CPU cores and no download: the denoiser comes with diffcal, the real images with
     scikit-learn. Interrupted and started again it goes on where it was.
@@ -47,6 +53,7 @@ def quickstart(
         device: Where networks compute.
         mixing: Overrides of the preset ``csm-digits``, as ``generate.plan.groups=45``.
         training: Overrides of the preset ``classifier-quickstart``.
+        attribution: Overrides of the preset ``das-quickstart``.
 
     Returns:
         Paths of report and data set, headline figures of both classifiers, seconds of this call.
@@ -56,14 +63,15 @@ def quickstart(
     """
     started = time.monotonic()
     claim = {"command": "quickstart", "seed": seed, "mixing": [*mixing], "training": [*training]}
+    claim |= {"attribution": [*attribution]}
     claim_folder(out, claim, overwrite=overwrite)
     settings = [f"generate.seed={seed}", *mixing]
     csm = build_config(CsmConfig, PRESETS / "csm-digits.toml", settings)
-    logger.info("1 of 3: images between the digits, and how much of each digit they show")
+    logger.info("1 of 4: images between the digits, and how much of each digit they show")
     stages = run_csm(csm, out / "csm", device=device)
     dataset = out / "csm" / "dataset"
 
-    logger.info("2 of 3: a small classifier on real images alone, and one on both")
+    logger.info("2 of 4: a small classifier on real images alone, and one on both")
     runs = {
         "real images": out / "classifier-real",
         "real and mixed images": out / "classifier-mixed",
@@ -76,16 +84,22 @@ def quickstart(
         )
         train_classifier(config, folder, device=device)
 
-    logger.info("3 of 3: the report")
+    logger.info("3 of 4: which training images the generated digits owe themselves to")
+    scores = out / "das" / "scores"
+    attributed = _attribute(csm, out, attribution, device)
+
+    logger.info("4 of 4: the report")
     config = ReportConfig(title="diffcal quickstart", seed=seed)
     models = [
         report_model(name, load_logits(folder / "logits-test.safetensors"), config)
         for name, folder in runs.items()
     ]
-    page = _page(dataset, stages, models, config)
+    page = _page(dataset, scores, stages, models, config)
     page.write(out / "report.html")
     data = report_data(models, config)
-    write_json(out / "report.json", {"mixing": stages, "calibration": data})
+    write_json(
+        out / "report.json", {"mixing": stages, "calibration": data, "attribution": attributed}
+    )
     figures = {
         model.name: {name: round(model.report[name].value, 4) for name in COMPARED}
         for model in models
@@ -93,12 +107,33 @@ def quickstart(
     return {
         "report": str(out / "report.html"),
         "dataset": str(dataset),
+        "gallery": str(scores / "gallery.html"),
         "test": figures,
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def _page(dataset: Path, stages: dict[str, Any], models: list[Any], config: Any) -> html.Page:
+def _attribute(csm: CsmConfig, out: Path, overrides: Sequence[str], device: str) -> dict[str, Any]:
+    """Index the training images and score one image of each of some groups."""
+    das.index(das.das_config("quickstart", overrides), out / "das", device=device)
+    plan = csm.generate.plan
+    # Groups start with a pure digit, so whole groups apart are digits and not mixtures.
+    apart = max(1, plan.groups // ATTRIBUTED)
+    config = ScoreRunConfig(
+        queries=QueryConfig(
+            name=str(out / "csm" / "generated"),
+            rows=min(ATTRIBUTED, plan.groups),
+            stride=apart * plan.members,
+        ),
+        top=10,
+        nearest=5,
+    )
+    return score_queries(out / "das", config, device=device)
+
+
+def _page(
+    dataset: Path, scores: Path, stages: dict[str, Any], models: list[Any], config: Any
+) -> html.Page:
     published = stages["publish"]
     page = html.Page(
         "diffcal quickstart",
@@ -135,6 +170,19 @@ def _page(dataset: Path, stages: dict[str, Any], models: list[Any], config: Any)
         ),
         html.figure(draw_ratios(statistics), "Over all groups: mean and one standard deviation."),
     )
+    page.section(
+        "Which training images a digit owes itself to",
+        "For each generated digit the training images whose removal is predicted to change most what "
+        "the model makes of it (DAS), with their shares of all attribution, and the training images "
+        "that resemble it most. An image can matter without resembling, and resemble without "
+        "mattering.",
+        *(
+            block
+            for item in load_explanations(scores, top=5)[::EXPLAINED]
+            for block in explanation_blocks(item, size=64)
+        ),
+    )
+    page.section("Near copies of training images", *near_copies(scores, 5))
     page.section(
         "With and without mixed images",
         "Two classifiers, the same but for the mixed images, on 360 digits of other writers. The test "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -81,7 +82,13 @@ class TrainDiffusionConfig:
 
 
 def train_diffusion(
-    config: TrainDiffusionConfig, out: Path, *, overwrite: bool = False, device: str = "auto"
+    config: TrainDiffusionConfig,
+    out: Path,
+    *,
+    source: ImageSource | None = None,
+    accelerator: Accelerator | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Train, and leave the averaged weights in ``out/checkpoint``; resumes what ``out`` holds.
 
@@ -89,6 +96,11 @@ def train_diffusion(
     ``samples/step-*.png`` (one row per class, the same noise every time), ``state/`` (the latest
     training state) and ``checkpoint/``. Killed at any moment and started again it continues from
     the latest state, and on a CPU ends with the same bytes as a run that was never stopped.
+
+    Args:
+        source: Images already opened, in place of ``config.data``.
+        accelerator: Decides device and processes in place of ``device``; by default all processes of
+            a launch train one model.
 
     Returns:
         Summary: steps, images, processes, final loss, seconds of this call, checkpoint folder.
@@ -98,12 +110,10 @@ def train_diffusion(
         ArtifactError: ``out`` belongs to other settings.
         NumericalError: the loss became NaN or infinite; the saved state stays.
     """
-    from accelerate import Accelerator
-
     opt = config.optimizer
     # On a GPU the device follows accelerate's launch; "cpu" forces the processor.
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=opt.precision)
-    source = open_images(
+    accelerator = accelerator or Accelerator(cpu=device == "cpu", mixed_precision=opt.precision)
+    source = source or open_images(
         config.data, image_column=config.image_column, label_column=config.label_column
     )
     images, labels = _load_rows(source, config)

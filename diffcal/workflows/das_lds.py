@@ -1,0 +1,319 @@
+"""``diffcal das lds``: do the scores predict what happens when models are trained on less data?
+
+    diffcal das lds --preset digits --out runs/lds-digits
+    accelerate launch --num_processes 8 -m diffcal das lds --preset digits --out runs/lds-digits
+
+The preset ``digits`` trains one model of 300 digits and one of each of 32 random halves, and asks them
+about 100 held-out and 100 generated digits. Every stage resumes; models are spread over processes.
+
+Source: Park et al. 2023 (arXiv:2303.14186), section 2; D-TRAK (arXiv:2311.00500), section 3.2.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcal.attribution.baselines import cosine_blocks, dot_blocks
+from diffcal.attribution.damping_selection import choose_damping, path_predictions
+from diffcal.attribution.feature_store import FeatureStore
+from diffcal.attribution.lds import LDS, stream_predictions
+from diffcal.attribution.lds_controls import lds_controls
+from diffcal.attribution.residuals import residual_weights
+from diffcal.attribution.rows import TensorRows
+from diffcal.attribution.score_config import ScoreConfig, score_features
+from diffcal.attribution.scores import score_path
+from diffcal.config import config_to_dict
+from diffcal.core.devices import one_thread
+from diffcal.core.runs import claim_folder, fingerprint, write_json, write_text
+from diffcal.data.sources import open_images
+from diffcal.diffusion.checkpoints import load_denoiser
+from diffcal.diffusion.denoisers import images_to_model
+from diffcal.workflows.das_config import METHODS, StoreConfig
+from diffcal.workflows.das_features import make_featuriser, write_features
+from diffcal.workflows.das_images import open_queries
+from diffcal.workflows.das_index import AttributionIndex, build_index
+from diffcal.workflows.das_lds_config import LdsConfig
+from diffcal.workflows.das_losses import loss_tables, write_queries
+from diffcal.workflows.das_subset_models import BASE, train_models, training_rows
+
+__all__ = ["run_lds"]
+
+FEWEST_PER_FOLD = 3
+
+
+def run_lds(
+    config: LdsConfig, out: Path, *, device: str = "auto", overwrite: bool = False
+) -> dict[str, Any]:
+    """Train, measure and judge; writes ``out/lds.json`` and ``out/lds.md``.
+
+    Stages: ``models/`` (one folder for each), ``queries/`` (Parquet), ``losses/`` (one table for each
+    model), ``indexes/`` (one for each kind of features). Each resumes where it was.
+
+    For each method, readout and set of queries: the LDS with its intervals, the controls of
+    :func:`~diffcal.attribution.lds_controls.lds_controls`, and for kernels the damping chosen on other
+    subsets than those it is judged on (``held_out``), beside the optimistic figure.
+
+    Returns:
+        Summary: models, subsets, queries, LDS by method, files.
+
+    Raises:
+        ConfigError, DataError: before any training.
+        ArtifactError: ``out`` belongs to another experiment.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    where = str(state.device) if device == "auto" else device
+    started = time.monotonic()
+    source = open_images(
+        config.data.name,
+        image_column=config.data.image_column,
+        label_column=config.data.label_column,
+    )
+    if state.is_main_process:
+        claim = config_to_dict(config) | {"data_fingerprint": source.fingerprint}
+        # What is judged may grow without another training.
+        for name in ("methods", "readouts", "features", "folds", "resamples"):
+            del claim[name]
+        del claim["data"]["name"]
+        claim_folder(out, claim, overwrite=overwrite)
+    state.wait_for_everyone()
+    masks = train_models(config, out / "models", state, device)
+    if state.is_main_process:
+        write_queries(config, out / "queries", out / "models", where)
+    state.wait_for_everyone()
+    kinds = [name for name in ("validation", "generated") if getattr(config.queries, name)]
+    sets = {name: out / "queries" / f"{name}.parquet" for name in kinds}
+    losses = loss_tables(config, out / "losses", out / "models", sets, state, where)
+    records: list[dict[str, Any]] = []
+    for method in config.methods:
+        features = _featurise(config, out, method, sets, state, device)
+        if state.is_main_process:
+            with one_thread():
+                records += _judge(config, method, features, sets, losses, masks)
+    if state.is_main_process:
+        write_json(out / "lds.json", {"config": config_to_dict(config), "results": records})
+        write_text(out / "lds.md", _markdown(config, records))
+    state.wait_for_everyone()
+    return {
+        "models": config.subsets.count * len(config.subsets.training_seeds) + 1,
+        "queries": {name: int(table.shape[1]) for name, table in losses.items()},
+        "lds": {
+            f"{row['method']} {row['readout']} {row['queries']}": round(row["lds"]["mean"], 4)
+            for row in records
+        },
+        "table": str(out / "lds.md"),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+class _Features:
+    """Rows of one method: of the training images, and of each set of queries."""
+
+    def __init__(self, index: AttributionIndex, queries: dict[str, Tensor]) -> None:
+        self.index, self.queries = index, queries
+
+
+def _featurise(
+    config: LdsConfig, out: Path, method: str, sets: dict[str, Path], state: Any, device: str
+) -> _Features | None:
+    if method not in METHODS:
+        return None
+    settings = config.index_config(method)
+    where = str(state.device) if device == "auto" else device
+    denoiser = load_denoiser(out / "models" / BASE / "checkpoint", device=where)
+    # Methods that differ in their scores alone share their features.
+    name = fingerprint(config_to_dict(settings.features))[:12]
+    folder = out / "indexes" / name
+    build_index(settings, folder, denoiser=denoiser, device=device)
+    index = AttributionIndex.open(folder, denoiser=denoiser, device=where)
+    featuriser = make_featuriser(settings, denoiser)
+    rows = {}
+    for kind, path in sets.items():
+        queries = open_queries(str(path), denoiser)
+        store, _ = write_features(
+            featuriser,
+            queries,
+            folder / "queries" / kind,
+            StoreConfig(dtype="float32"),
+            state,
+            role="query",
+            title=f"{method}, {kind}",
+        )
+        rows[kind] = store.rows()
+    return _Features(index, rows)
+
+
+def _judge(
+    config: LdsConfig,
+    method: str,
+    features: _Features | None,
+    sets: dict[str, Path],
+    losses: dict[str, Tensor],
+    masks: Tensor,
+) -> list[dict[str, Any]]:
+    """Results of one method for every set of queries and every readout."""
+    training = _pixels(config)
+    records = []
+    for kind, path in sets.items():
+        pixels = _all_pixels(open_images(str(path)), None)
+        alike = stream_predictions(cosine_blocks(pixels, TensorRows(training)), masks)
+        if features is None:
+            blocks = dot_blocks if method.endswith("-dot") else cosine_blocks
+            guess = stream_predictions(blocks(pixels, TensorRows(training)), masks)
+            records.append(
+                _record(config, method, "signed", kind, guess, losses[kind], None, alike)
+            )
+            continue
+        scores = config.index_config(method).scores
+        if scores.method != "kernel":
+            guess = stream_predictions(
+                score_features(scores, features.queries[kind], features.index.store), masks
+            )
+            records.append(
+                _record(config, method, "signed", kind, guess, losses[kind], None, alike)
+            )
+            continue
+        for readout in config.readouts:
+            path_guesses, dampings, default = _over_dampings(
+                scores, readout, features, features.queries[kind], masks
+            )
+            choice = _choose(config, path_guesses[:-1], losses[kind], dampings)
+            records.append(
+                _record(
+                    config, method, readout, kind, path_guesses[-1], losses[kind], choice, alike
+                )
+                | {"damping": default}
+            )
+    return records
+
+
+def _over_dampings(
+    scores: ScoreConfig, readout: str, features: _Features, queries: Tensor, masks: Tensor
+) -> tuple[Tensor, list[float], float]:
+    """Predictions at every damping of the grid and, last, at the method's own; the dampings."""
+    store: FeatureStore = features.index.store
+    kernel = features.index.kernel()
+    grid, default = scores.absolute_grid(kernel), scores.absolute_damping(kernel)
+    residual = None
+    if scores.residual != "none":
+        residual = residual_weights(store.column("error"), scores.residual)
+
+    def path() -> Iterator[tuple[int, Tensor]]:
+        yield from score_path(
+            kernel,
+            queries,
+            store,
+            [*grid, default],
+            residual=residual,
+            leverage=scores.leverage,
+            norm=scores.norm,
+            readout=readout,
+            dtype=torch.float64,
+        )
+
+    return path_predictions(path(), masks), grid, default
+
+
+def _choose(
+    config: LdsConfig, predictions: Tensor, losses: Tensor, dampings: list[float]
+) -> dict[str, Any] | None:
+    if len(losses) < FEWEST_PER_FOLD * config.folds:
+        return None
+    choice = choose_damping(predictions, losses, dampings, folds=config.folds)
+    return {
+        "dampings": list(choice.dampings),
+        "curve": [round(value, 5) for value in choice.curve.tolist()],
+        "chosen": choice.chosen,
+        "optimistic": choice.optimistic,
+        "held_out": choice.held_out,
+    }
+
+
+def _record(
+    config: LdsConfig,
+    method: str,
+    readout: str,
+    kind: str,
+    predictions: Tensor,
+    losses: Tensor,
+    choice: dict[str, Any] | None,
+    alike: Tensor,
+) -> dict[str, Any]:
+    found = lds_controls(
+        predictions, losses, likeness={"pixels": alike}, n_resamples=config.resamples
+    )
+    return {
+        "method": method,
+        "readout": readout,
+        "queries": kind,
+        "lds": _plain(found.pop("score")),
+        "controls": {name: _plain(value) for name, value in found.items()},
+        "damping_choice": choice,
+    }
+
+
+def _plain(lds: LDS) -> dict[str, Any]:
+    return {
+        "mean": lds.mean,
+        "low": lds.over_both.low,
+        "high": lds.over_both.high,
+        "sd_over_subsets": lds.over_subsets.sd,
+        "subsets": lds.subsets,
+        "queries": lds.queries,
+    }
+
+
+def _pixels(config: LdsConfig) -> Tensor:
+    source = open_images(
+        config.data.name,
+        image_column=config.data.image_column,
+        label_column=config.data.label_column,
+    )
+    return _all_pixels(source, training_rows(config, source))
+
+
+def _all_pixels(source: Any, rows: range | None) -> Tensor:
+    parts = [torch.as_tensor(images) for _, images, _ in source.batches(1024, rows)]
+    return images_to_model(torch.cat(parts)).flatten(1)
+
+
+def _markdown(config: LdsConfig, records: list[dict[str, Any]]) -> str:
+    subsets = config.subsets
+    lines = [
+        "# Linear datamodeling score",
+        "",
+        f"{subsets.count} subsets of {100 * subsets.fraction:.0f} %, "
+        f"{len(subsets.training_seeds)} training seed(s) each. Percent; in brackets the 95 % interval "
+        "over subsets and queries. *Default*: the method's own damping. *Held out*: a damping chosen on "
+        "other subsets than those it is judged on. *Optimistic*: chosen on the same ones. *Shuffled*: "
+        "each query judged by another one's scores. *Average*: by the mean scores. *Pixels*: likeness.",
+        "",
+        "| queries | method | readout | default | held out | optimistic | shuffled | average | pixels |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(records, key=lambda row: row["queries"], reverse=True):
+        lds, controls = row["lds"], row["controls"]
+        choice = row["damping_choice"] or {}
+        interval = f"{_percent(lds['mean'])} [{_percent(lds['low'])}, {_percent(lds['high'])}]"
+        cells = [
+            row["queries"],
+            row["method"],
+            row["readout"],
+            interval,
+            _percent(choice.get("held_out")),
+            _percent(choice.get("optimistic")),
+            _percent(controls["shuffled"]["mean"]),
+            _percent(controls["query_average"]["mean"]),
+            _percent(controls["likeness:pixels"]["mean"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,128 @@
+"""Settings of the proof: subsets, the models trained on them, what they are asked, which methods."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffcal.attribution.presets import PRESETS
+from diffcal.config import config_from_dict
+from diffcal.diffusion.samplers import SamplerConfig
+from diffcal.diffusion.training import OptimizerConfig
+from diffcal.errors import ConfigError
+from diffcal.workflows.das_config import METHODS, DasConfig, TrainingImages
+from diffcal.workflows.train_diffusion import NetworkConfig, TrainDiffusionConfig
+
+__all__ = ["LIKENESS", "LdsConfig", "LdsQueries", "LossConfig", "SubsetConfig"]
+
+LIKENESS = tuple(name for name, preset in PRESETS.items() if preset["inputs"] == "pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetConfig:
+    """Which subsets; see :func:`diffcal.attribution.subsets.subset_masks`."""
+
+    count: int = 32
+    fraction: float = 0.5
+    seed: int = 7
+    stratified: bool = True
+    """Every class keeps its share."""
+    training_seeds: tuple[int, ...] = (0,)
+    """A model of each subset is trained with each of these; their losses are averaged."""
+
+    def __post_init__(self) -> None:
+        if self.count < 2 or not self.training_seeds:
+            raise ConfigError("an LDS needs at least 2 subsets and one training seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LdsQueries:
+    """Images whose losses are to be predicted, held out and generated."""
+
+    first_row: int = 0
+    """Of the held-out images in the training source."""
+    validation: int = 100
+    """How many of them; none if 0."""
+    generated: int = 100
+    """How many the attributed model draws, class after class; none if 0."""
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(preset="fast"))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.validation, self.generated) < 0 or self.validation + self.generated < 2:
+            raise ConfigError("an LDS needs at least two queries")
+        if 1 in (self.validation, self.generated):
+            raise ConfigError("a set of queries needs at least two images, or none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """How the loss of a model on a query is measured."""
+
+    timesteps: int = 50
+    """Evenly spaced; the published protocol has all 1000, and 100 suffice for development."""
+    noises: int = 1
+    """Draws at each timestep, the same for all models."""
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        if min(self.timesteps, self.noises, self.batch) < 1:
+            raise ConfigError("losses: timesteps, noises and batch must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LdsConfig:
+    """Everything that decides an LDS experiment."""
+
+    data: TrainingImages = field(default_factory=TrainingImages)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    conditional: bool = True
+    seed: int = 42
+    """Training seed of the attributed model, which sees all images."""
+    subsets: SubsetConfig = field(default_factory=SubsetConfig)
+    queries: LdsQueries = field(default_factory=LdsQueries)
+    losses: LossConfig = field(default_factory=LossConfig)
+    methods: tuple[str, ...] = ("das", "das-official", "dtrak", "trak", "pixel-cosine")
+    readouts: tuple[str, ...] = ("signed", "square")
+    """Kernel methods are judged with each of these, whatever their own is."""
+    features: dict[str, Any] = field(default_factory=dict)
+    """Settings that all methods share, as ``{"timesteps": 10, "projection": {"dim": 2048}}``."""
+    folds: int = 2
+    """Of subsets, for a damping that is judged where it was not chosen."""
+    resamples: int = 500
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            if name not in (*METHODS, *LIKENESS):
+                raise ConfigError(
+                    f"unknown method '{name}': use {', '.join((*METHODS, *LIKENESS))}"
+                )
+            if name in METHODS:
+                self.index_config(name)
+
+    def index_config(self, method: str) -> DasConfig:
+        """What is featurised for ``method``."""
+        preset = PRESETS[method]
+        features = {**preset["features"], **self.features}
+        features["projection"] = {
+            **preset["features"]["projection"],
+            **self.features.get("projection", {}),
+        }
+        if features["projection"]["kind"] not in ("gaussian", "rademacher"):
+            features["projection"].pop("unit_variance", None)
+        values = {"method": method, "features": features, "scores": preset["scores"]}
+        return config_from_dict(DasConfig, {**values, "data": self.data})
+
+    def training_config(self, seed: int) -> TrainDiffusionConfig:
+        """How one model is trained, on images that are handed over."""
+        steps = self.optimizer.steps
+        return TrainDiffusionConfig(
+            data=self.data.name,
+            conditional=self.conditional,
+            network=self.network,
+            optimizer=self.optimizer,
+            seed=seed,
+            save_every=min(1000, steps),
+            sample_every=steps,
+            sample_steps=8,
+            weights="float32",
+        )

@@ -1,0 +1,246 @@
+"""Attribution as a user runs it, on the bundled digits: index, score, explain, and what is refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from launch import launch
+from mixed_run import make_run
+from PIL import Image
+
+from diffcal.attribution.feature_store import FeatureStore
+from diffcal.cli import main
+from diffcal.core.runs import sha256_file
+from diffcal.data.images import encode_png
+from diffcal.data.sources import open_images
+from diffcal.diffusion.checkpoints import load_denoiser
+from diffcal.errors import ArtifactError, ConfigError, DataError
+from diffcal.workflows import das
+from diffcal.workflows.das_images import open_queries
+from diffcal.workflows.das_score import QueryConfig, ScoreRunConfig, score_queries
+
+SMALL = [
+    "data.rows=60",
+    "features.timesteps=[400]",
+    "features.params=dec.8x8_block1",
+    "features.projection.dim=128",
+    "store.shard_rows=12",
+]
+FLAGS = [f"--set={override}" for override in SMALL]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("das") / "index"
+    das.index(das.das_config("digits", SMALL), folder, device="cpu")
+    return folder
+
+
+def hashes(folder):
+    return {
+        str(path.relative_to(folder)): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix == ".safetensors" or path.name == "manifest.json"
+    }
+
+
+def rows_of(path):
+    return pq.read_table(path).to_pylist()
+
+
+def test_scores_are_those_of_the_formula_on_the_stored_features(index, tmp_path):
+    summary = das.score(index, "digits", tmp_path / "s", top=60, rows=5, device="cpu")
+    phi = FeatureStore.open(index / "features").rows().double()
+    (queries,) = (index / "queries").iterdir()
+    psi = FeatureStore.open(queries).rows().double()
+    gram = phi.T @ phi
+    damping = 0.1 * gram.diagonal().sum() / 60
+    scores = (psi @ torch.linalg.solve(gram + damping * torch.eye(128).double(), phi.T)).square()
+    rows = rows_of(tmp_path / "s/scores.parquet")
+    found = torch.zeros(5, 60, dtype=torch.float64)
+    for row in rows:
+        found[row["query"], row["training"]] = row["score"]
+    torch.testing.assert_close(found, scores, rtol=1e-3, atol=1e-6 * float(scores.max()))
+    for query in range(5):
+        mine = [row for row in rows if row["query"] == query]
+        assert [row["rank"] for row in mine] == list(range(1, 61))
+        assert mine[0]["training"] == query  # a training image matters most to itself
+        assert mine[0]["likeness"] == pytest.approx(1, abs=1e-5)
+        assert sum(row["share"] for row in mine) == pytest.approx(1, abs=1e-5)
+    report = rows_of(tmp_path / "s/queries.parquet")
+    assert [row["copy_of"] for row in report] == [row["nearest"] for row in report] == [*range(5)]
+    labels = open_images("digits").labels[:60]
+    classes = json.loads((tmp_path / "s/scores.json").read_text())["classes"]
+    zero = next(group for group in classes if group["name"] == "0")
+    expected = (scores[:, labels == 0].sum(1) / scores.sum(1)).mean()
+    assert zero["share"] == pytest.approx(float(expected), rel=1e-3)
+    assert summary["first_is_near"] == 1
+
+
+def test_gallery_shows_the_query_its_contributors_and_its_neighbours(index, tmp_path):
+    das.score(index, "digits", tmp_path / "s", top=7, rows=4, device="cpu")
+    page = (tmp_path / "s/gallery.html").read_text("utf-8")
+    assert page.count("data:image/png") == 4 * (1 + 7 + 8)
+    row = rows_of(tmp_path / "s/scores.parquet")[0]
+    words = f"#{row['training']} · 0 {100 * row['share']:.1f} %"
+    assert words in page.replace("\u00a0", " ")
+    das.explain(tmp_path / "s", ["2"], top=3, out=tmp_path / "two.html")
+    page = (tmp_path / "two.html").read_text("utf-8")
+    assert page.count("data:image/png") == 1 + 3 + 3
+    assert "http://" not in page
+    with pytest.raises(ConfigError, match="'99' was not scored; ids are 0, 1, 2"):
+        das.explain(tmp_path / "s", ["99"])
+
+
+def test_signed_scores_list_opponents_and_cost_no_gradients(index, tmp_path):
+    das.score(index, "digits", tmp_path / "first", rows=4, device="cpu")
+    config = das.score_config(index, "digits", ["scores.readout=signed", "queries.rows=4"])
+    summary = score_queries(index, config, tmp_path / "signed", device="cpu")
+    assert summary["featurised_now"] == 0
+    assert "Most opposing" in (tmp_path / "signed/gallery.html").read_text("utf-8")
+    lowest = rows_of(tmp_path / "signed/lowest.parquet")
+    assert min(row["score"] for row in lowest) < 0
+    squares = {
+        (row["query"], row["training"]): row["score"]
+        for row in rows_of(tmp_path / "first/scores.parquet")
+    }
+    top = rows_of(tmp_path / "signed/scores.parquet")[0]
+    assert squares[top["query"], top["training"]] == pytest.approx(top["score"] ** 2, rel=1e-4)
+
+
+def test_mixed_images_are_conditioned_on_the_weights_they_were_drawn_with(tmp_path):
+    run = make_run(tmp_path / "run", groups=2, members=5)
+    denoiser = load_denoiser("bundled:digits")
+    queries = open_queries(str(run), denoiser, rows=4, stride=2)
+    assert queries.ids == (0, 2, 4, 6)
+    table = pq.read_table(run / "generated/shard-00000.parquet").to_pylist()
+    for at, row in enumerate(table[0:8:2]):
+        weights = torch.zeros(10)
+        weights[row["classes"]] = torch.tensor(row["weights"])
+        torch.testing.assert_close(queries.weights[at], weights)
+    assert re.fullmatch(r"0\.50 · \d \+ 0\.50 · \d", queries.captions[1])
+    torch.testing.assert_close(queries.condition(denoiser, [1]), queries.weights[1:2])
+
+
+def test_files_without_labels_need_the_unconditional_branch(index, tmp_path):
+    folder = tmp_path / "loose"
+    folder.mkdir()
+    for row in (1, 2):
+        Image.fromarray(open_images("digits").images[row, :, :, 0]).save(folder / f"{row}.png")
+    with pytest.raises(ConfigError, match="have no labels, but the model is conditioned on 10"):
+        das.score(index, folder, tmp_path / "s", device="cpu")
+    config = ScoreRunConfig(queries=QueryConfig(name=str(folder), unconditional=True))
+    score_queries(index, config, tmp_path / "s", device="cpu")
+    assert [row["query"] for row in rows_of(tmp_path / "s/queries.parquet")] == ["1.png", "2.png"]
+    assert rows_of(tmp_path / "s/queries.parquet")[0]["nearest"] == 1
+
+
+def test_killed_and_by_two_processes_the_bytes_are_the_same(index, tmp_path):
+    environment = os.environ | {"DIFFCAL_PROGRESS": "0", "OMP_NUM_THREADS": "1"}
+    command = ["das", "index", "--preset", "digits", "--device", "cpu", *FLAGS]
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffcal", *command, "--out", str(killed)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not [*killed.glob("features/features-*.json")] and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "manifest.json").exists()
+    with pytest.raises(ArtifactError, match="was not finished: run diffcal das index again"):
+        das.score(killed, "digits", rows=2, device="cpu")
+    # Two processes finish what one began.
+    summary = json.loads(launch(2, *command, "--out", str(killed)))
+    assert summary["processes"] == 2
+    assert 0 < summary["featurised_now"] < 60
+    assert hashes(killed) == hashes(index)
+    assert len(hashes(index)) == 7
+
+
+def test_another_model_and_changed_images_are_refused_by_name(index, tmp_path):
+    other = load_denoiser("bundled:digits")
+    with torch.no_grad():
+        next(other.module.parameters()).mul_(1.01)
+    config = das.das_config("digits", SMALL)
+    before = hashes(index)
+    with pytest.raises(ArtifactError, match=r"\(model: '\w+' there, '\w+' here\)"):
+        das.score(index, "digits", tmp_path / "s", rows=2, denoiser=other, device="cpu")
+    with pytest.raises(ArtifactError, match=r"other settings \(model: "):
+        das.index(config, index, denoiser=other, device="cpu")
+    changed = das.das_config("digits", [*SMALL, "features.timesteps=[300]"])
+    with pytest.raises(ArtifactError, match=r"timesteps: \[400\] there, \[300\] now"):
+        das.index(changed, index, device="cpu")
+    source = open_images("digits")
+    images = source.images[:60].copy()
+    images[7, 0, 0] = 1
+    cells = [{"bytes": encode_png(image), "path": None} for image in images]
+    path = tmp_path / "changed.parquet"
+    pq.write_table(pa.table({"image": cells, "label": source.labels[:60].astype(np.int64)}), path)
+    arguments = ["das", "score", "--index", str(index), "--queries", "digits", "--rows", "2"]
+    assert main([*arguments, "--data", str(path), "--out", str(tmp_path / "s")]) == 2
+    with pytest.raises(ArtifactError, match=r"images\.fingerprint: "):
+        das.index(das.das_config("digits", [*SMALL, f"data.name={path}"]), index, device="cpu")
+    assert hashes(index) == before
+
+
+def test_a_damaged_shard_is_named(index, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(index, copy)
+    path = copy / "features/features-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 255
+    path.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match=r"features-00001\.safetensors' does not match"):
+        das.score(copy, "digits", rows=2, device="cpu")
+
+
+def test_methods_by_name():
+    assert das.das_config().features.projection.kind == "sjlt"
+    published = das.das_config("das-official")
+    assert (published.features.noise, published.scores.residual) == ("slot", "released")
+    mixed = das.das_config("digits", ["method=dtrak", "features.projection.dim=64"])
+    assert mixed.features.functional == "mean-squared-l2-norm"
+    assert (mixed.scores.readout, mixed.features.projection.dim) == ("signed", 64)
+    assert (mixed.data.rows, mixed.features.projection.seed) == (1437, 42)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["index", "--preset", "digit"], "unknown preset 'digit'; known: das, das-official"),
+        (["index", "--set", "method=datamodel"], "unknown method 'datamodel': use das"),
+        (["index", "--set", "features.timestep=3"], "did you mean 'timesteps'"),
+        (["index", "--model", "nowhere"], "checkpoint 'nowhere' is missing"),
+        (["index", "--preset", "digits", "--data", "gone.parquet"], "gone.parquet"),
+        (["score", "--index", "nowhere", "--queries", "digits"], "'nowhere' is not an index"),
+    ],
+)
+def test_bad_settings_end_in_one_line(arguments, message, tmp_path, capsys):
+    assert main(["das", *arguments, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1]
+    assert lines[-1].startswith("diffcal: ")
+
+
+def test_classes_of_the_images_must_be_those_of_the_model(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name / "0.png")
+    with pytest.raises(DataError, match=r"has the classes cat, dog \(2\), the model 0, 1, 2"):
+        open_queries(str(tmp_path), load_denoiser("bundled:digits"))
