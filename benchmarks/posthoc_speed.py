@@ -1,13 +1,16 @@
 """Application and fit times of post-hoc calibrators beside temperature scaling, in one run.
 
-    python benchmarks/posthoc_speed.py [--sizes 1000000x10 50000x1000] [--repeats 3] [--out FILE.json]
+    python benchmarks/posthoc_speed.py [--sizes 1000000x10 50000x1000] [--repeats 3]
+        [--methods temperature consistency_gaussian ...] [--out FILE.json]
 
 From float32 logits and hard labels of a model 1.5 times over-confident. Application: the median of
 ``--repeats`` calls of ``predict_proba`` on all rows, and the plain ``softmax(z / T)`` of torch;
 ``cpu_seconds`` is processor time, which says more than the clock on a busy machine. Every method is
 timed in turn within each repeat, so that a drift of the machine meets all of them. Fits are on the
 first ``--fit-rows`` rows, once. ``ratios`` are application times over those of temperature scaling
-(ours), by the clock and by processor time; for exact Gaussian consistency the aim is 3.
+(ours), ``ratios_to_torch`` over plain ``softmax(z / T)``, by the clock and by processor time; for exact
+Gaussian consistency the aim is 3. Progress goes to stderr, and ``--out`` is written anew after each
+size.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -61,14 +65,26 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def run_size(n: int, k: int, repeats: int, fit_rows: int) -> dict[str, object]:
+def ratios(applied: dict[str, dict[str, float]], base: str) -> dict[str, dict[str, float]]:
+    return {
+        label: {
+            "clock": entry["seconds"] / applied[base]["seconds"],
+            "processor": entry["cpu_seconds"] / applied[base]["cpu_seconds"],
+        }
+        for label, entry in applied.items()
+    }
+
+
+def run_size(n: int, k: int, repeats: int, fit_rows: int, chosen: list[str]) -> dict[str, object]:
     z, y = make_data(n, k)
     rows = min(fit_rows, n if k <= 100 else fit_rows // 4)
     methods = APPLIED | (SMALL if k <= 100 else {})
+    methods = {label: methods[label] for label in chosen if label in methods}
     fits, tasks, fitted = {}, {}, {}
     for label, (name, settings) in methods.items():
         made = build_calibrator(name, {name: settings})
         seconds, cpu = timed(lambda made=made: made.fit(z[:rows], y[:rows]))
+        print(f"{n}x{k} {label}: fitted in {seconds:.2f} s", file=sys.stderr)
         fits[label] = {"seconds": seconds, "cpu_seconds": cpu}
         fitted[label] = made
         made.predict_proba(z[:1000])
@@ -76,9 +92,10 @@ def run_size(n: int, k: int, repeats: int, fit_rows: int) -> dict[str, object]:
     t = float(fitted["temperature"].temperature_)
     tasks["torch_softmax"] = lambda: torch.softmax(z / t, dim=1)
     times: dict[str, list[tuple[float, float]]] = {label: [] for label in tasks}
-    for _ in range(repeats):
+    for repeat in range(repeats):
         for label, task in tasks.items():
             times[label].append(timed(task))
+            print(f"{n}x{k} {repeat + 1}/{repeats} {label}: {times[label][-1]}", file=sys.stderr)
     applied = {}
     for label, values in times.items():
         clock, cpu = zip(*values, strict=True)
@@ -88,19 +105,13 @@ def run_size(n: int, k: int, repeats: int, fit_rows: int) -> dict[str, object]:
             "slowest": max(clock),
             "cpu_seconds": statistics.median(cpu),
         }
-    base = applied["temperature"]
     exact = fitted["consistency_gaussian"]
     some = z[: min(n, 2000)]
     reference = exact.predict_proba(some.double())
     return {
         "fit_rows": rows,
-        "ratios": {
-            label: {
-                "clock": entry["seconds"] / base["seconds"],
-                "processor": entry["cpu_seconds"] / base["cpu_seconds"],
-            }
-            for label, entry in applied.items()
-        },
+        "ratios": ratios(applied, "temperature"),
+        "ratios_to_torch": ratios(applied, "torch_softmax"),
         "consistency_float32_error": float((exact.predict_proba(some) - reference).abs().max()),
         "apply": applied,
         "fit": fits,
@@ -112,8 +123,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["1000000x10", "50000x1000"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--fit-rows", type=int, default=10_000)
+    known = list(APPLIED | SMALL)
+    parser.add_argument("--methods", nargs="+", choices=known, default=known)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    chosen = list(dict.fromkeys(["temperature", "consistency_gaussian", *args.methods]))
     result: dict[str, object] = {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -124,13 +138,12 @@ def main() -> None:
     }
     for size in args.sizes:
         n, k = (int(part) for part in size.split("x"))
-        result[size] = run_size(n, k, args.repeats, args.fit_rows)
-    result["load_after"] = os.getloadavg()
-    result["peak_resident_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+        result[size] = run_size(n, k, args.repeats, args.fit_rows, chosen)
+        result["load_after"] = os.getloadavg()
+        result["peak_resident_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
