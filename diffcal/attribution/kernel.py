@@ -1,5 +1,6 @@
 """The kernel (K + λI)⁻¹ of the training features: one factorisation for every damping."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from diffcal.errors import ArtifactError, ConfigError, DataError, NumericalError
 
 __all__ = ["Kernel", "fit_kernel", "load_kernel"]
 
+FORMAT = "diffcal-kernel/1"
 FULL_PRECISION_SIZE = 8192
 """Up to this side of K or G everything is in float64 (on devices that have it)."""
 SPAN_TOLERANCE = 1e-2
@@ -132,8 +134,9 @@ class Kernel:
             "eigenvalues": self.eigenvalues.cpu().contiguous(),
             "basis": self.basis.cpu().contiguous(),
         }
-        metadata = {"count": str(self.count), "trace": repr(self.trace), "form": self.form}
-        data = save(tensors, metadata={"format": "diffcal-kernel/1", **metadata})
+        facts = {"count": self.count, "trace": self.trace, "form": self.form}
+        # One entry: safetensors writes several in an order that changes from call to call.
+        data = save(tensors, metadata={FORMAT: json.dumps(facts)})
         write_atomic(Path(path), lambda file: file.write(data))
 
 
@@ -205,13 +208,13 @@ def load_kernel(path: Path | str, device: torch.device | str = "cpu") -> Kernel:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "diffcal-kernel/1":
+            if FORMAT not in metadata:
                 raise ArtifactError(f"'{path}' is not a saved kernel")
             values, basis = file.get_tensor("eigenvalues"), file.get_tensor("basis")
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"kernel '{path}' cannot be read: {error}") from error
-    count, trace = int(metadata["count"]), float(metadata["trace"])
-    return Kernel(values, basis, count, trace, metadata["form"])
+    facts = json.loads(metadata[FORMAT])
+    return Kernel(values, basis, int(facts["count"]), float(facts["trace"]), facts["form"])
 
 
 def _from_gram(accumulator: GramAccumulator) -> Kernel:
