@@ -1,0 +1,149 @@
+"""The LDS experiment at toy size: models, losses, tables, resumption, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from launch import launch
+from safetensors.torch import load_file
+
+from diffcal.attribution.outputs import DenoiserObjective
+from diffcal.attribution.timesteps import noise_levels
+from diffcal.cli import main
+from diffcal.config import build_config
+from diffcal.core.rng import item_normal
+from diffcal.core.runs import read_json, sha256_file
+from diffcal.data.sources import open_images
+from diffcal.diffusion.checkpoints import load_denoiser
+from diffcal.diffusion.denoisers import images_to_model
+from diffcal.errors import ArtifactError, ConfigError
+from diffcal.workflows.das_lds import run_lds
+from diffcal.workflows.das_lds_config import LdsConfig, LossConfig
+from diffcal.workflows.das_losses import query_losses, write_queries
+from diffcal.workflows.das_subset_models import SubsetSource, masks_of
+from diffcal.workflows.quickstart import PRESETS
+
+SMALL = [
+    "data.rows=20",
+    "optimizer.steps=2",
+    "optimizer.batch_size=4",
+    "network.model_channels=8",
+    "network.channel_mult=[1]",
+    "subsets.count=4",
+    "queries.validation=3",
+    "queries.generated=2",
+    "losses.timesteps=2",
+    "features.timesteps=1",
+    "features.projection.dim=32",
+    "resamples=10",
+    "methods=['das','gradient-dot','pixel-cosine']",
+]
+
+
+def small(*more):
+    return build_config(LdsConfig, PRESETS / "lds-digits.toml", [*SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    out = tmp_path_factory.mktemp("lds") / "run"
+    return out, run_lds(small(), out, device="cpu")
+
+
+def checkpoints(out):
+    return {
+        path.parent.parent.name: sha256_file(path)
+        for path in sorted(out.glob("models/*/checkpoint/model.safetensors"))
+    }
+
+
+def test_every_subset_has_its_model_and_every_method_its_figures(experiment):
+    out, summary = experiment
+    assert summary["models"] == 5
+    found = checkpoints(out)
+    assert len(found) == 5 == len(set(found.values()))
+    results = read_json(out / "lds.json")["results"]
+    figures = {(row["method"], row["readout"], row["queries"]) for row in results}
+    assert len(figures) == len(results) == 8
+    for row in results:
+        assert -1 <= row["lds"]["low"] <= row["lds"]["high"] <= 1
+        assert {"shuffled", "query_average", "likeness:pixels"} <= {*row["controls"]}
+        if row["method"] == "pixel-cosine":
+            assert row["lds"]["mean"] == row["controls"]["likeness:pixels"]["mean"]
+    assert (out / "lds.md").read_text("utf-8").count("| validation |") == 4
+
+
+def test_models_see_their_subset_only(experiment):
+    out, _ = experiment
+    source = open_images("digits")
+    labels = torch.as_tensor(source.labels[:20])
+    masks = masks_of(small(), labels)
+    assert masks.sum(dim=1).tolist() == [10] * 4
+    rows = masks[2].nonzero()[:, 0].tolist()
+    subset = SubsetSource(source, rows)
+    (images, kinds) = next(subset.batches(50))[1:]
+    assert (images == source.images[rows]).all()
+    assert (kinds == source.labels[rows]).all()
+    note = read_json(out / "models/subset-00002-seed-0/finished.json")
+    assert note["data"] == subset.fingerprint
+
+
+def test_losses_are_those_of_one_image_at_a_time(experiment):
+    out, _ = experiment
+    denoiser = load_denoiser(out / "models/subset-00001-seed-0/checkpoint")
+    table = load_file(out / "losses/subset-00001-seed-0.safetensors")["losses"]
+    assert table.shape == (1, 5)
+    source = open_images("digits")
+    objective, levels = DenoiserObjective(denoiser, "loss"), noise_levels(denoiser, 2)
+    for query in range(3):
+        clean = images_to_model(torch.as_tensor(source.images[1437 + query])[None])
+        label = torch.eye(10)[[int(source.labels[1437 + query])]]
+        errors = []
+        for at, timestep in enumerate(levels.timesteps):
+            noise = item_normal(0, f"lds-noise|{timestep}", query, denoiser.sample_shape)[None]
+            inputs = objective.inputs(
+                clean, noise, levels.sigmas[[at]], levels.weights[[at]], denoiser.condition(label)
+            )
+            errors.append(float(objective(*inputs)[1]))
+        # Generated queries come first, in alphabetic order of the sets.
+        assert float(table[0, 2 + query]) == pytest.approx(sum(errors) / 2, rel=1e-5)
+
+
+def test_what_is_missing_is_made_again_by_two_processes_with_the_same_bytes(experiment):
+    out, summary = experiment
+    models, tables = checkpoints(out), {p: sha256_file(p) for p in out.glob("losses/*")}
+    for name in ("subset-00001-seed-0", "subset-00002-seed-0"):
+        (out / f"models/{name}/finished.json").unlink()
+        (out / f"losses/{name}.safetensors").unlink()
+        for path in (out / f"models/{name}/state").iterdir():
+            path.unlink()
+    flags = [f"--set={override}" for override in SMALL]
+    command = ["das", "lds", "--preset", "digits", "--device", "cpu", "--out", str(out)]
+    again = json.loads(launch(2, *command, *flags))
+    assert checkpoints(out) == models
+    assert {p: sha256_file(p) for p in out.glob("losses/*")} == tables
+    assert again["lds"] == summary["lds"]
+
+
+def test_other_experiments_and_training_images_as_queries_are_refused(experiment, tmp_path):
+    out, _ = experiment
+    with pytest.raises(ArtifactError, match=r"subsets\.count: 4 there, 5 now"):
+        run_lds(small("subsets.count=5"), out, device="cpu")
+    with pytest.raises(ConfigError, match="held-out images must be others"):
+        write_queries(small("queries.first_row=18"), tmp_path, out / "models", "cpu")
+    with pytest.raises(ConfigError, match="unknown method 'tracincp'"):
+        small("methods=['tracincp']")
+    arguments = ["das", "lds", "--preset", "digits", "--set", "losses.timesteps=0"]
+    assert main([*arguments, "--out", str(tmp_path / "x")]) == 2
+
+
+def test_losses_do_not_depend_on_the_batch(experiment):
+    out, _ = experiment
+    from diffcal.workflows.das_images import open_queries
+
+    denoiser = load_denoiser(out / "models/base/checkpoint")
+    queries = open_queries("digits", denoiser, rows=5)
+    whole = query_losses(denoiser, queries, LossConfig(timesteps=2, noises=2))
+    parts = query_losses(denoiser, queries, LossConfig(timesteps=2, noises=2, batch=2))
+    torch.testing.assert_close(whole, parts, rtol=1e-5, atol=0)
+    assert not torch.equal(whole[0], whole[1])
