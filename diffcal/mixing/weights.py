@@ -26,7 +26,8 @@ def lambda_grid(members: int, power: float = 1.0) -> Float[Tensor, " m"]:
         raise ConfigError(f"a grid from 0 to 1 needs at least 2 members, got {members}")
     if power == 1:
         return torch.linspace(0, 1, members, dtype=torch.float64).float()
-    u = torch.linspace(-1, 1, members, dtype=torch.float64)
+    # From integers, so that the middle is exactly 0 and the grid exactly symmetric.
+    u = (2 * torch.arange(members, dtype=torch.float64) - (members - 1)) / (members - 1)
     return ((1 + u.sign() * u.abs() ** power) / 2).float()
 
 
