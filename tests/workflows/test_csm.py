@@ -94,16 +94,21 @@ def test_command_and_pipeline_file_write_the_same(small_run, tmp_path):
 def test_quickstart_writes_a_report_that_shows_and_tells(tmp_path):
     mixing = ["generate.plan.groups=9", "generate.plan.members=4", *SMALL[2:]]
     training = ["classifier.epochs=1", "rows=300"]
-    summary = quickstart(tmp_path / "q", mixing=mixing, training=training)
+    attribution = ["data.rows=60", "features.timesteps=[500]", "features.projection.dim=128"]
+    settings = {"mixing": mixing, "training": training, "attribution": attribution}
+    summary = quickstart(tmp_path / "q", **settings)
     page = (tmp_path / "q/report.html").read_text("utf-8")
-    for heading in ("From one digit to another", "Asked for and found", "Reliability"):
+    headings = ("From one digit to another", "Asked for and found", "Reliability")
+    for heading in (*headings, "Which training images a digit owes itself to", "Near copies"):
         assert heading in page
-    assert page.count("data:image/png") >= 7
+    # Three of the nine attributed digits are shown, each with five contributors and five neighbours.
+    assert page.count("effective contributors") == 3
+    assert page.count("data:image/png") >= 7 + 3 * 11
     assert "http://" not in page.replace("http://www.w3.org", "")
     data = json.loads((tmp_path / "q/report.json").read_text("utf-8"))
     assert [model["name"] for model in data["calibration"]["models"]] == [*summary["test"]]
     with pytest.raises(ArtifactError, match="seed"):
-        quickstart(tmp_path / "q", seed=1, mixing=mixing, training=training)
+        quickstart(tmp_path / "q", seed=1, **settings)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("digits", (1, 8, 8)), ("cifar10", (3, 32, 32))])
