@@ -28,3 +28,18 @@ def test_files_that_it_names_exist():
         assert (ROOT / target).exists(), target
     for script in re.findall(r"`(benchmarks/\w+\.py)`", README):
         assert (ROOT / script).exists(), script
+
+
+def test_annotator_figures():
+    results = json.loads((ROOT / "benchmarks/annotators_vs_humans.json").read_text("utf-8"))
+    rows = results["results"]["classifier"]
+    found = []
+    for row in rows:
+        if row["pairs"] == "human" and row["calibration"] == "hard":
+            every, unsure = row["all"], row["unsure"]
+            found.append(
+                f"{every['kl_floor']:.3f} ± {every['se']['kl_floor']:.3f} | {every['tv']:.3f} | "
+                f"{every['l2']:.3f} | {unsure['kl_floor']:.3f} |"
+            )
+    table = re.findall(r"^\| [^|]+ \| (\d\.\d+ ± .*)$", README, re.MULTILINE)
+    assert len([line for line in table if line in found]) == 4
