@@ -133,7 +133,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         **environment(device, ("scikit-learn", "scipy")),
         "settings": {
-            key: str(value) if isinstance(value, Path) else value
+            key: value.name if isinstance(value, Path) else value
             for key, value in vars(arguments).items()
         },
         "images": len(human),

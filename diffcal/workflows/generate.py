@@ -23,7 +23,7 @@ from diffcal.errors import ArtifactError, ConfigError
 from diffcal.mixing.generation import GenerationConfig, generate_images
 from diffcal.mixing.plan import MixPlan, PlanConfig
 
-__all__ = ["FORMAT", "GenerateConfig", "ModelConfig", "generate", "open_model"]
+__all__ = ["FORMAT", "GenerateConfig", "ModelConfig", "generate", "open_model", "shard_items"]
 
 FORMAT = "diffcal-generated/1"
 
@@ -115,7 +115,7 @@ def generate(
 
     own = range(state.process_index, config.shards, state.num_processes)
     done = {shard for shard in own if _finished(folder, shard)}
-    rows = {shard: _items(config, shard) for shard in own}
+    rows = {shard: shard_items(config, shard) for shard in own}
     with progress_bar(
         sum(map(len, rows.values())),
         "generate",
@@ -148,7 +148,8 @@ def _claim(config: GenerateConfig, denoiser: Denoiser) -> dict[str, Any]:
     return values | {"denoiser": denoiser.fingerprint}
 
 
-def _items(config: GenerateConfig, shard: int) -> range:
+def shard_items(config: GenerateConfig, shard: int) -> range:
+    """Items of a shard: whole groups, ``groups_per_shard`` of them, fewer in the last."""
     first = shard * config.groups_per_shard
     last = min(first + config.groups_per_shard, config.plan.groups)
     return range(first * config.plan.members, last * config.plan.members)

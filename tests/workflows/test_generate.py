@@ -22,7 +22,7 @@ from diffcal.diffusion.samplers import SamplerConfig
 from diffcal.errors import ArtifactError, NumericalError
 from diffcal.mixing.generation import GenerationConfig
 from diffcal.mixing.plan import PlanConfig
-from diffcal.workflows.generate import GenerateConfig, ModelConfig, generate
+from diffcal.workflows.generate import GenerateConfig, ModelConfig, generate, shard_items
 
 TESTS = Path(__file__).parents[1]
 
@@ -214,3 +214,18 @@ def test_images_are_images(checkpoint, tmp_path):
     rows = pq.read_table(tmp_path / "generated/shard-00000.parquet").to_pylist()
     stack = np.stack([decode_image(row["image"]["bytes"], "x") for row in rows])
     assert stack.std() > 5
+
+
+def test_golden_sharding():
+    golden = json.loads((TESTS / "golden/csm.json").read_text("utf-8"))["cases"]
+    case = golden["proposed_sharding"]
+    config = GenerateConfig(
+        plan=PlanConfig(groups=case["groups"], members=2),
+        groups_per_shard=case["groups_per_shard"],
+    )
+    items = [shard_items(config, shard) for shard in range(config.shards)]
+    shard_of = [next(s for s, i in enumerate(items) if 2 * g in i) for g in range(case["groups"])]
+    assert shard_of == case["shard_of_group"]
+    workers = case["workers"]
+    own = [list(range(w, config.shards, workers)) for w in range(workers)]
+    assert own == case["shards_of_worker"]
