@@ -70,7 +70,7 @@ def attention_weights(
 def _is_transformed(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
 
 
 def attention(

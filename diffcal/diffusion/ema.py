@@ -59,7 +59,7 @@ class ExponentialMovingAverage:
                 news.append(tensor.detach().to(self.averages[name]))
             else:
                 self.averages[name].copy_(tensor)
-        torch._foreach_lerp_(averages, news, 1.0 - decay)
+        torch._foreach_lerp_(averages, news, 1.0 - decay)  # type: ignore[attr-defined]
 
     def copy_to(self, module: nn.Module) -> None:
         """Load the averages into ``module``."""

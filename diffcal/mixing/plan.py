@@ -175,7 +175,8 @@ class MixPlan:
         k, free = config.classes_per_mix, config.members - config.classes_per_mix
         generator = item_generator(self.seed, "weights", group)
         shape = torch.full((free, k), config.concentration, dtype=torch.float64)
-        draws = torch._standard_gamma(shape, generator=generator).clamp(min=1e-30)
+        draws = torch._standard_gamma(shape, generator=generator)  # type: ignore[attr-defined]
+        draws = draws.clamp(min=1e-30)
         mixed = draws / draws.sum(dim=1, keepdim=True)
         rows = torch.cat([torch.eye(k, dtype=torch.float64), mixed])
         return rows[rows[:, 0].argsort(stable=True)].float()

@@ -136,8 +136,11 @@ def calibrate(
             if name == "validation":
                 continue
             suffix = f".{config.format}" if config.format else content.path.suffix
-            labels = {"labels": content.labels, "soft_labels": content.soft_labels}
-            made = outputs[method, name]
+            labels: dict[str, Any] = {
+                "labels": content.labels,
+                "soft_labels": content.soft_labels,
+            }
+            made: dict[str, Any] = outputs[method, name]
             save_logits(folder / f"{name}{suffix}", **made, **labels, features=content.features)
     table = {
         "format": "diffcal-calibration/1",

@@ -75,7 +75,7 @@ def run_lds(
         label_column=config.data.label_column,
     )
     if state.is_main_process:
-        claim = config_to_dict(config) | {"data_fingerprint": source.fingerprint}
+        claim: dict[str, Any] = config_to_dict(config) | {"data_fingerprint": source.fingerprint}
         # What is judged may grow without another training.
         for name in ("methods", "readouts", "features", "folds", "resamples"):
             del claim[name]
