@@ -13,9 +13,9 @@ from diffcal.diffusion.denoisers import Denoiser
 from diffcal.diffusion.samplers import SamplerConfig, sample
 from diffcal.errors import ConfigError, NumericalError
 from diffcal.mixing.conditions import ConditionConfig, mixed_denoiser
-from diffcal.mixing.plan import MixGroup, MixPlan
+from diffcal.mixing.plan import MixPlan
 
-__all__ = ["GenerationConfig", "fixed_rows", "generate_images"]
+__all__ = ["GenerationConfig", "fixed_rows", "generate_images", "initial_noise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,9 @@ def _draw(
     for row, item in enumerate(rows):
         group = groups[item // members]
         weights[row, list(group.classes)] = group.weights[item % members]
-    noise = torch.stack([_noise(group, denoiser.sample_shape) for group in groups.values()])
+    noise = torch.stack(
+        [initial_noise(group.seed, denoiser.sample_shape) for group in groups.values()]
+    )
     call, condition = mixed_denoiser(denoiser, weights, config.condition)
     x = sample(
         call,
@@ -111,8 +113,13 @@ def _draw(
         return denoiser.decode(x.float())
 
 
-def _noise(group: MixGroup, shape: tuple[int, ...]) -> Float[Tensor, "c h w"]:
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(group.seed))
+def initial_noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "c h w"]:
+    """Unit normal noise of a seed, float32, the first draw of a CPU generator: the same everywhere.
+
+    EDM's commands do the same with ``seed mod 2**32``, the part of a seed that the generator reads
+    (github.com/NVlabs/edm, ``generate.py``).
+    """
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
 
 
 class _ChurnNoise:

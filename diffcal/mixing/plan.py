@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffcal.core.rng import item_generator, item_seed
 from diffcal.errors import ConfigError
+from diffcal.mixing.seed_list import parse_seed_list
 from diffcal.mixing.weights import lambda_grid
 
 __all__ = [
@@ -69,6 +70,10 @@ class PlanConfig:
     of a validation confusion matrix; the diagonal is ignored."""
     uniform_share: float = 0.5
     """Choice confusable: share of groups whose pair is drawn uniformly all the same."""
+    seeds: str | None = None
+    """Seeds of the groups' noise in the notation of EDM's and CSM's published commands, such as
+    ``"0-449"`` or ``"d8,0-449"`` (each seed once for a group, or once for every member), instead of
+    seeds drawn from the seed of the run: with the release's other settings its own starting noise."""
     only: tuple[tuple[str, ...], ...] = ()
     """Mix these combinations alone, given by class name; all combinations if empty."""
 
@@ -104,6 +109,23 @@ class PlanConfig:
             raise ConfigError("plan.choice confusable needs pairs and plan.confusion, a matrix")
         if self.only and self.choice == "confusable":
             raise ConfigError("plan.only lists the combinations, so choice confusable has no say")
+        if self.seeds is not None:
+            self.group_seeds()
+
+    def group_seeds(self) -> list[int]:
+        """The seed that ``seeds`` gives each group; ConfigError if their number does not fit."""
+        listed = parse_seed_list(self.seeds or "")
+        if len(listed) == self.groups:
+            return listed
+        seeds = listed[:: self.members]
+        if len(listed) != self.groups * self.members or listed != [
+            seed for seed in seeds for _ in range(self.members)
+        ]:
+            raise ConfigError(
+                f"plan.seeds '{self.seeds}' lists {len(listed)} seeds for {self.groups} groups of "
+                f"{self.members} members; give one for each group, or each {self.members} times"
+            )
+        return seeds
 
 
 class MixPlan:
@@ -134,6 +156,7 @@ class MixPlan:
                     f"{len(class_names)} classes"
                 )
             self._pair_cdf = pair_probabilities(matrix, config.uniform_share).cumsum(0)
+        self._seeds = None if config.seeds is None else config.group_seeds()
 
     def __len__(self) -> int:
         return self.config.groups
@@ -142,7 +165,7 @@ class MixPlan:
         """Group ``group``, counted from 0; IndexError beyond the last."""
         if not 0 <= group < len(self):
             raise IndexError(f"group {group} of {len(self)}")
-        seed = item_seed(self.seed, "latent", group)
+        seed = item_seed(self.seed, "latent", group) if self._seeds is None else self._seeds[group]
         return MixGroup(group, self._classes(group), self._weights(group), seed)
 
     @cached_property
