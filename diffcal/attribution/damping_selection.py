@@ -7,7 +7,14 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from diffcal.attribution.lds import spearman, stream_predictions
+from diffcal.attribution.lds import (
+    Spread,
+    resample_counts,
+    resampled_spearman,
+    spearman,
+    spread_of,
+    stream_predictions,
+)
 from diffcal.attribution.scores import ScoreBlock
 from diffcal.errors import ConfigError, DataError
 
@@ -40,6 +47,11 @@ class DampingChoice:
     """Mean over folds of the LDS, on the fold's subsets, of the damping chosen on the others."""
     per_fold: tuple[float, ...]
     """Damping that each fold was judged with."""
+    held_out_spread: Spread
+    """Of ``held_out``, if other subsets (in each fold) and queries had been drawn; the dampings stay."""
+    draws: Float64[Tensor, " r"]
+    """The resampled values behind it; the same resamples for everything judged on one table with one
+    seed, so that differences are paired."""
 
 
 def choose_damping(
@@ -49,6 +61,8 @@ def choose_damping(
     *,
     folds: int = 2,
     seed: int = 0,
+    n_resamples: int = 500,
+    level: float = 0.95,
 ) -> DampingChoice:
     """Choose a damping by LDS and say what the choice is worth on subsets that did not make it.
 
@@ -67,17 +81,27 @@ def choose_damping(
             f"predictions {list(predictions.shape)} must be [{len(dampings)} dampings, "
             f"{subsets} subsets, {losses.shape[1]} queries]"
         )
+    if not 0 < level < 1 or n_resamples < 2:
+        raise ConfigError(f"need 0 < level < 1 and at least 2 resamples: {level}, {n_resamples}")
     if folds < 2:
         raise ConfigError(f"a damping needs at least 2 folds to be judged, got {folds}")
     if subsets < 3 * folds:
         raise DataError(f"{subsets} subsets are too few for {folds} folds of three or more")
     order = torch.randperm(subsets, generator=torch.Generator().manual_seed(seed))
     scores, used = [], []
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randint(losses.shape[1], (n_resamples, losses.shape[1]), generator=generator)
+    resampled = torch.zeros(n_resamples, losses.shape[1], dtype=torch.float64)
     for held in order.tensor_split(folds):
         rest: Int64[Tensor, " r"] = torch.tensor(sorted(set(order.tolist()) - set(held.tolist())))
         best = _best(_curve(predictions[:, rest], losses[rest]), dampings)
         used.append(float(dampings[best]))
         scores.append(float(_curve(predictions[best : best + 1, held], losses[held])[0]))
+        counts = resample_counts(len(held), n_resamples, generator)
+        sides = (side.double().cpu().mT.contiguous() for side in (predictions[best], losses))
+        predicted, actual = (side[:, held].contiguous() for side in sides)
+        resampled += resampled_spearman(predicted, actual, counts) / folds
+    draws = resampled.gather(1, columns).mean(dim=1)
     curve = _curve(predictions, losses)
     best = _best(curve, dampings)
     return DampingChoice(
@@ -87,6 +111,8 @@ def choose_damping(
         optimistic=float(curve[best]),
         held_out=sum(scores) / len(scores),
         per_fold=tuple(used),
+        held_out_spread=spread_of(draws, level),
+        draws=draws,
     )
 
 

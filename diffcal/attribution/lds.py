@@ -18,8 +18,10 @@ __all__ = [
     "average_losses",
     "average_ranks",
     "centre_batches",
+    "lds_difference",
     "linear_datamodeling_score",
     "predictions_of",
+    "resample_counts",
     "resampled_spearman",
     "spearman",
     "spread_of",
@@ -51,6 +53,10 @@ class LDS:
     """If other queries had been asked."""
     over_both: Spread
     """Both at once: the interval to report."""
+    draws: Float64[Tensor, " r"]
+    """The resampled means behind ``over_both``. Scores judged with one seed on the same table meet the
+    same resamples: the spread of a difference is that of the differences of their draws
+    (:func:`lds_difference`)."""
     subsets: int
     queries: int
 
@@ -95,6 +101,15 @@ def resampled_spearman(
         found = torch.where(scale > 0, product / torch.where(scale > 0, scale, 1.0), 0.0)
         draws[:, start : start + chunk] = found.mT
     return draws
+
+
+def resample_counts(
+    size: int, n_resamples: int, generator: torch.Generator
+) -> Float64[Tensor, "r s"]:
+    """How often each of ``size`` entries occurs in each of ``n_resamples`` bootstrap resamples."""
+    rows = torch.randint(size, (n_resamples, size), generator=generator)
+    counts = torch.zeros(n_resamples, size, dtype=torch.float64)
+    return counts.scatter_add_(1, rows, torch.ones_like(counts))
 
 
 def _standard(ranks: Tensor) -> Tensor:
@@ -169,20 +184,38 @@ def linear_datamodeling_score(
     queries, subsets = predicted.shape
     per_query = spearman(predicted, actual)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(subsets, (n_resamples, subsets), generator=generator)
+    counts = resample_counts(subsets, n_resamples, generator)
     columns = torch.randint(queries, (n_resamples, queries), generator=generator)
-    counts = torch.zeros(n_resamples, subsets, dtype=torch.float64)
-    counts.scatter_add_(1, rows, torch.ones_like(counts))
     draws = resampled_spearman(predicted, actual, counts)
+    both = draws.gather(1, columns).mean(dim=1)
     return LDS(
         per_query=per_query,
         mean=float(per_query.mean()),
         over_subsets=spread_of(draws.mean(dim=1), level),
         over_queries=spread_of(per_query[columns].mean(dim=1), level),
-        over_both=spread_of(draws.gather(1, columns).mean(dim=1), level),
+        over_both=spread_of(both, level),
+        draws=both,
         subsets=subsets,
         queries=queries,
     )
+
+
+def lds_difference(first: LDS, second: LDS, level: float = 0.95) -> tuple[float, Spread]:
+    """``first - second`` and its spread over subsets and queries, resample by resample.
+
+    Both must have been judged on the same losses with the same seed and number of resamples. What
+    makes a draw of subsets or queries easy is common to both and cancels, so that the interval is far
+    narrower than the two overlapping ones suggest.
+
+    Raises:
+        DataError: they were not.
+    """
+    same = (first.subsets, first.queries, len(first.draws))
+    if same != (second.subsets, second.queries, len(second.draws)):
+        raise DataError(
+            "two scores can be compared on the same subsets, queries and resamples only"
+        )
+    return first.mean - second.mean, spread_of(first.draws - second.draws, level)
 
 
 def average_losses(losses: Float[Tensor, "s seeds noises q"]) -> Float64[Tensor, "s q"]:

@@ -19,6 +19,7 @@ from diffcal.attribution.lds import (
     average_losses,
     average_ranks,
     centre_batches,
+    lds_difference,
     linear_datamodeling_score,
     predictions_of,
     resampled_spearman,
@@ -239,6 +240,41 @@ def test_damping_is_judged_on_subsets_that_did_not_choose_it():
     optimistic, honest = double(gaps).mean(0)
     assert optimistic > 0.5
     assert abs(honest) < 0.3
+
+
+def test_held_out_spread_is_that_of_repeated_experiments():
+    # One damping, so that folds differ by their subsets alone and the LDS is that of half the subsets.
+    effect, queries = normal(12, 30, seed=2), 12
+    values, spreads = [], []
+    for trial in range(40):
+        masks = subset_masks(30, 24, seed=trial)
+        losses = -masks.double() @ effect.mT + 3 * normal(24, queries, seed=trial)
+        predictions = predictions_of(effect, masks)[None]
+        choice = choose_damping(predictions, losses, [1.0], seed=trial, n_resamples=60)
+        assert choice.held_out_spread.low < choice.held_out < choice.held_out_spread.high + 0.1
+        values.append(choice.held_out)
+        spreads.append(choice.held_out_spread.sd)
+    observed = double(values).std()
+    # Queries are the same in all trials: the spread, which redraws them too, must not be smaller.
+    assert 0.8 < float(double(spreads).mean() / observed) < 2.5
+
+
+def test_the_spread_of_a_difference_is_paired():
+    effect, losses, masks = world(subsets=60, noise=2.0)
+    good, worse = (
+        linear_datamodeling_score(predictions_of(scores, masks), losses, n_resamples=200)
+        for scores in (effect, effect + 0.3 * normal(6, 30, seed=5))
+    )
+    gap, spread = lds_difference(good, worse)
+    assert gap == pytest.approx(good.mean - worse.mean)
+    assert spread.low < gap < spread.high
+    apart = (good.over_both.sd**2 + worse.over_both.sd**2) ** 0.5
+    assert spread.sd < 0.8 * apart
+    zero, nothing = lds_difference(good, good)
+    assert (zero, nothing.sd, nothing.low, nothing.high) == (0, 0, 0, 0)
+    fewer = linear_datamodeling_score(predictions_of(effect, masks), losses, n_resamples=100)
+    with pytest.raises(DataError, match="same subsets, queries and resamples"):
+        lds_difference(good, fewer)
 
 
 def test_a_clear_damping_is_found_and_path_predictions_stream():
