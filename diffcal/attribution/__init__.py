@@ -38,6 +38,7 @@ from diffcal.attribution.lds import (
     stream_predictions,
 )
 from diffcal.attribution.lds_controls import lds_controls
+from diffcal.attribution.lds_folds import cross_fitted_lds, rest_of, subset_folds
 from diffcal.attribution.leave_one_out import RidgeLeaveOneOut, exact_das, ridge_leave_one_out
 from diffcal.attribution.likeness import EncodedRows
 from diffcal.attribution.memorisation import (
@@ -116,6 +117,7 @@ __all__ = [
     "average_losses",
     "centre_batches",
     "choose_damping",
+    "cross_fitted_lds",
     "exact_das",
     "lds_controls",
     "lds_difference",
@@ -123,8 +125,10 @@ __all__ = [
     "linear_datamodeling_score",
     "path_predictions",
     "predictions_of",
+    "rest_of",
     "ridge_leave_one_out",
     "stream_predictions",
+    "subset_folds",
     "subset_masks",
     # uses
     "GroupShares",

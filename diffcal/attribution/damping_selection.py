@@ -4,19 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from diffcal.attribution.lds import (
-    Spread,
-    resample_counts,
-    resampled_spearman,
-    spearman,
-    spread_of,
-    stream_predictions,
-)
+from diffcal.attribution.lds import LDS, spearman, stream_predictions
+from diffcal.attribution.lds_folds import cross_fitted_lds, rest_of, subset_folds
 from diffcal.attribution.scores import ScoreBlock
-from diffcal.errors import ConfigError, DataError
+from diffcal.errors import DataError
 
 __all__ = [
     "OFFICIAL_DAMPINGS",
@@ -43,15 +37,10 @@ class DampingChoice:
     """Best damping on all subsets: the one to use from now on."""
     optimistic: float
     """Its LDS on the very subsets that chose it, as published tables report."""
-    held_out: float
+    held_out: LDS
     """Mean over folds of the LDS, on the fold's subsets, of the damping chosen on the others."""
     per_fold: tuple[float, ...]
     """Damping that each fold was judged with."""
-    held_out_spread: Spread
-    """Of ``held_out``, if other subsets (in each fold) and queries had been drawn; the dampings stay."""
-    draws: Float64[Tensor, " r"]
-    """The resampled values behind it; the same resamples for everything judged on one table with one
-    seed, so that differences are paired."""
 
 
 def choose_damping(
@@ -81,27 +70,10 @@ def choose_damping(
             f"predictions {list(predictions.shape)} must be [{len(dampings)} dampings, "
             f"{subsets} subsets, {losses.shape[1]} queries]"
         )
-    if not 0 < level < 1 or n_resamples < 2:
-        raise ConfigError(f"need 0 < level < 1 and at least 2 resamples: {level}, {n_resamples}")
-    if folds < 2:
-        raise ConfigError(f"a damping needs at least 2 folds to be judged, got {folds}")
-    if subsets < 3 * folds:
-        raise DataError(f"{subsets} subsets are too few for {folds} folds of three or more")
-    order = torch.randperm(subsets, generator=torch.Generator().manual_seed(seed))
-    scores, used = [], []
-    generator = torch.Generator().manual_seed(seed)
-    columns = torch.randint(losses.shape[1], (n_resamples, losses.shape[1]), generator=generator)
-    resampled = torch.zeros(n_resamples, losses.shape[1], dtype=torch.float64)
-    for held in order.tensor_split(folds):
-        rest: Int64[Tensor, " r"] = torch.tensor(sorted(set(order.tolist()) - set(held.tolist())))
-        best = _best(_curve(predictions[:, rest], losses[rest]), dampings)
-        used.append(float(dampings[best]))
-        scores.append(float(_curve(predictions[best : best + 1, held], losses[held])[0]))
-        counts = resample_counts(len(held), n_resamples, generator)
-        sides = (side.double().cpu().mT.contiguous() for side in (predictions[best], losses))
-        predicted, actual = (side[:, held].contiguous() for side in sides)
-        resampled += resampled_spearman(predicted, actual, counts) / folds
-    draws = resampled.gather(1, columns).mean(dim=1)
+    dealt = subset_folds(subsets, folds, seed)
+    rests = [rest_of(held, subsets) for held in dealt]
+    best_of_fold = [_best(_curve(predictions[:, rest], losses[rest]), dampings) for rest in rests]
+    judged = [predictions[best] for best in best_of_fold]
     curve = _curve(predictions, losses)
     best = _best(curve, dampings)
     return DampingChoice(
@@ -109,10 +81,10 @@ def choose_damping(
         curve=curve,
         chosen=float(dampings[best]),
         optimistic=float(curve[best]),
-        held_out=sum(scores) / len(scores),
-        per_fold=tuple(used),
-        held_out_spread=spread_of(draws, level),
-        draws=draws,
+        held_out=cross_fitted_lds(
+            judged, losses, dealt, n_resamples=n_resamples, level=level, seed=seed
+        ),
+        per_fold=tuple(float(dampings[best]) for best in best_of_fold),
     )
 
 

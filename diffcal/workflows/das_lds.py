@@ -224,13 +224,15 @@ def _choose(
 ) -> dict[str, Any] | None:
     if len(losses) < FEWEST_PER_FOLD * config.folds:
         return None
-    choice = choose_damping(predictions, losses, dampings, folds=config.folds)
+    choice = choose_damping(
+        predictions, losses, dampings, folds=config.folds, n_resamples=config.resamples
+    )
     return {
         "dampings": list(choice.dampings),
         "curve": [round(value, 5) for value in choice.curve.tolist()],
         "chosen": choice.chosen,
         "optimistic": choice.optimistic,
-        "held_out": choice.held_out,
+        "held_out": _plain(choice.held_out),
     }
 
 
@@ -298,15 +300,15 @@ def _markdown(config: LdsConfig, records: list[dict[str, Any]]) -> str:
     ]
     for row in sorted(records, key=lambda row: row["queries"], reverse=True):
         lds, controls = row["lds"], row["controls"]
-        choice = row["damping_choice"] or {}
+        choice = row["damping_choice"]
         interval = f"{_percent(lds['mean'])} [{_percent(lds['low'])}, {_percent(lds['high'])}]"
         cells = [
             row["queries"],
             row["method"],
             row["readout"],
             interval,
-            _percent(choice.get("held_out")),
-            _percent(choice.get("optimistic")),
+            _percent(choice["held_out"]["mean"] if choice else None),
+            _percent(choice["optimistic"] if choice else None),
             _percent(controls["shuffled"]["mean"]),
             _percent(controls["query_average"]["mean"]),
             _percent(controls["likeness:pixels"]["mean"]),

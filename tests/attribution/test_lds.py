@@ -27,6 +27,7 @@ from diffcal.attribution.lds import (
     stream_predictions,
 )
 from diffcal.attribution.lds_controls import lds_controls, shuffled_predictions
+from diffcal.attribution.lds_folds import cross_fitted_lds, rest_of, subset_folds
 from diffcal.attribution.scores import ScoreBlock, kernel_scores, score_path
 from diffcal.attribution.subsets import subset_masks
 from diffcal.errors import ConfigError, DataError, NumericalError
@@ -236,7 +237,7 @@ def test_damping_is_judged_on_subsets_that_did_not_choose_it():
         choice = choose_damping(
             predictions, normal(subsets, 1, seed=trial + 500), dampings, seed=trial
         )
-        gaps.append((choice.optimistic, choice.held_out))
+        gaps.append((choice.optimistic, choice.held_out.mean))
     optimistic, honest = double(gaps).mean(0)
     assert optimistic > 0.5
     assert abs(honest) < 0.3
@@ -251,12 +252,29 @@ def test_held_out_spread_is_that_of_repeated_experiments():
         losses = -masks.double() @ effect.mT + 3 * normal(24, queries, seed=trial)
         predictions = predictions_of(effect, masks)[None]
         choice = choose_damping(predictions, losses, [1.0], seed=trial, n_resamples=60)
-        assert choice.held_out_spread.low < choice.held_out < choice.held_out_spread.high + 0.1
-        values.append(choice.held_out)
-        spreads.append(choice.held_out_spread.sd)
+        values.append(choice.held_out.mean)
+        spreads.append(choice.held_out.over_both.sd)
     observed = double(values).std()
     # Queries are the same in all trials: the spread, which redraws them too, must not be smaller.
     assert 0.8 < float(double(spreads).mean() / observed) < 2.5
+
+
+def test_folds_are_judged_apart():
+    folds = subset_folds(21, 3, seed=1)
+    assert sorted(torch.cat(folds).tolist()) == list(range(21))
+    assert all(len(rest_of(held, 21)) == 14 for held in folds)
+    assert not set(rest_of(folds[0], 21).tolist()) & set(folds[0].tolist())
+    losses = normal(21, 4, seed=1)
+    # Right within every fold, at scales that would spoil a common ranking.
+    tables = [losses * scale + shift for scale, shift in ((1, 0), (100, 9), (0.01, -50))]
+    assert cross_fitted_lds(tables, losses, folds, n_resamples=5).mean == pytest.approx(1)
+    tables[1] = -tables[1]
+    found = cross_fitted_lds(tables, losses, folds, n_resamples=5)
+    torch.testing.assert_close(found.per_query, double([1 / 3] * 4))
+    with pytest.raises(DataError, match="2 tables of predictions for 3 folds"):
+        cross_fitted_lds(tables[:2], losses, folds)
+    with pytest.raises(DataError, match=r"\[21, 3\] and losses \[21, 4\]"):
+        cross_fitted_lds([table[:, :3] for table in tables], losses, folds)
 
 
 def test_the_spread_of_a_difference_is_paired():
@@ -295,7 +313,7 @@ def test_a_clear_damping_is_found_and_path_predictions_stream():
     choice = choose_damping(predictions, predictions[1] * 3 + 1, dampings)
     assert choice.chosen == 1.0
     assert choice.per_fold == (1.0, 1.0)
-    assert choice.held_out == pytest.approx(1)
+    assert choice.held_out.mean == pytest.approx(1)
     assert choice.optimistic == pytest.approx(1)
     assert choice.curve[1] == choice.curve.max()
     flat = choose_damping(predictions[:1].expand(4, -1, -1), predictions[0], dampings)
