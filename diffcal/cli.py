@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from diffcal import __version__
-from diffcal.config import build_config
-from diffcal.errors import ConfigError, DiffcalError
+from diffcal.errors import DiffcalError
 
 __all__ = ["main"]
-
-PRESETS = Path(__file__).parent / "workflows" / "presets"
 
 Handler = Callable[[argparse.Namespace], Any]
 
@@ -242,19 +239,12 @@ def _run_flags(parser: argparse.ArgumentParser, presets: tuple[str, ...] = ()) -
 
 def _build(cls: type, args: argparse.Namespace, kind: str) -> Any:
     """Config of ``cls`` from ``presets/KIND-NAME.toml``, ``--config`` and the overrides."""
-    import tomllib
+    from diffcal.workflows.preset_files import preset_config
 
-    base = None
-    if args.preset is not None:
-        path = PRESETS / f"{kind}-{args.preset}.toml"
-        if not path.exists():
-            known = sorted(p.stem.removeprefix(f"{kind}-") for p in PRESETS.glob(f"{kind}-*.toml"))
-            raise ConfigError(f"unknown preset '{args.preset}'; known: {', '.join(known)}")
-        base = tomllib.loads(path.read_text("utf-8"))
     overrides = list(args.set)
     if args.seed is not None:
         overrides.append(f"seed={args.seed}")
-    return build_config(cls, args.config, overrides, base)
+    return preset_config(cls, kind, args.preset, overrides, file=args.config)
 
 
 def _dry(config: Any) -> dict[str, Any]:

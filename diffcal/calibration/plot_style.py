@@ -32,6 +32,8 @@ MUTED = "#66727f"
 PALE = "#e3e8ee"
 PALETTE = (BLUE, "#d9822b", TEAL, "#a8467f", "#6c63c7", "#7d8b2f", "#4aa3c7", "#8a5a44")
 
+NOTEBOOK_DPI = 80
+
 _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -77,11 +79,16 @@ def plot_style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure in inches that needs no window system and no pyplot state."""
+    """An empty figure in inches that needs no window system and no pyplot state, and that a notebook
+    shows as it is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    class Drawing(Figure):
+        def _repr_png_(self) -> bytes:
+            return figure_to_png(self, NOTEBOOK_DPI)
+
+    figure = Drawing(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

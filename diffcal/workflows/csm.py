@@ -12,6 +12,7 @@ the default annotator deviates (calibrated posterior over all classes, see
 :mod:`diffcal.mixing.posterior`), and ``projection_sigmoid`` reproduces the release.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,17 @@ from diffcal.errors import ArtifactError
 from diffcal.mixing.quality import FilterConfig
 from diffcal.workflows.annotate import AnnotationConfig, annotate_run, require_real_images
 from diffcal.workflows.generate import GenerateConfig, ModelConfig, generate, open_model
+from diffcal.workflows.preset_files import preset_config
 from diffcal.workflows.publish import publish_dataset
 
-__all__ = ["CsmConfig", "run_annotation", "run_csm", "run_generation", "run_publication"]
+__all__ = [
+    "CsmConfig",
+    "csm_config",
+    "run_annotation",
+    "run_csm",
+    "run_generation",
+    "run_publication",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +45,33 @@ class CsmConfig:
     filter: FilterConfig = field(default_factory=FilterConfig)
 
 
+def csm_config(
+    preset: str | None = None, overrides: Sequence[str] = (), *, file: Path | None = None
+) -> CsmConfig:
+    """Settings from a preset (``digits``, ``cifar10``), then a TOML file, then overrides.
+
+    Args:
+        overrides: As ``generate.plan.groups=45``.
+
+    Raises:
+        ConfigError: unknown preset or setting.
+    """
+    return preset_config(CsmConfig, "csm", preset, overrides, file=file)
+
+
 def run_csm(
-    config: CsmConfig, run: Path, *, device: str = "auto", overwrite: bool = False
+    config: CsmConfig,
+    run: Path | str,
+    *,
+    denoiser: Denoiser | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Generate, annotate and publish; resumes whatever ``run`` holds.
+
+    Args:
+        denoiser: Use this one, already loaded, in place of ``config.generate.model``: any object with
+            the members of :class:`~diffcal.diffusion.denoisers.Denoiser`.
 
     Returns:
         The summaries of the stages by name.
@@ -47,7 +79,8 @@ def run_csm(
     Raises:
         DiffcalError: see the stages; what was written before stays.
     """
-    denoiser = _open(config.generate.model, device)
+    run = Path(run)
+    denoiser = denoiser or _open(config.generate.model, device)
     require_real_images(config.annotation, denoiser.class_names)
     generated = generate(
         config.generate, run, denoiser=denoiser, device=device, overwrite=overwrite
@@ -60,29 +93,41 @@ def run_csm(
 
 
 def run_generation(
-    config: CsmConfig, run: Path, *, device: str = "auto", overwrite: bool = False
+    config: CsmConfig,
+    run: Path | str,
+    *,
+    denoiser: Denoiser | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Only generate. See :func:`diffcal.workflows.generate.generate`."""
-    return generate(config.generate, run, device=device, overwrite=overwrite)
+    return generate(
+        config.generate, Path(run), denoiser=denoiser, device=device, overwrite=overwrite
+    )
 
 
 def run_annotation(
-    config: CsmConfig, run: Path, *, device: str = "auto", overwrite: bool = False
+    config: CsmConfig,
+    run: Path | str,
+    *,
+    denoiser: Denoiser | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Annotate a generated run (again); the images stay, and so do other annotations.
 
-    Encoders that look through a denoiser take the run's own, opened where the run found it, unless
-    ``annotation.encoder.source`` names another.
+    Encoders that look through a denoiser take the run's own, given as ``denoiser`` or opened where the
+    run found it, unless ``annotation.encoder.source`` names another.
 
     Raises:
         ArtifactError: there are no images, or the model there has other weights by now.
     """
-    denoiser = None
+    run = Path(run)
     encoder = config.annotation.encoder
     if encoder.kind in ("denoiser", "denoising_errors") and encoder.source is None:
         manifest = read_json(run / "generated" / "manifest.json")
         model = ModelConfig(**manifest["config"]["model"])
-        denoiser = _open(model, device)
+        denoiser = denoiser or _open(model, device)
         if denoiser.fingerprint != manifest["denoiser"]:
             raise ArtifactError(
                 f"the model at '{model.source}' is not the one that drew the images of '{run}'; put "
@@ -93,14 +138,16 @@ def run_annotation(
     )
 
 
-def run_publication(config: CsmConfig, run: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def run_publication(
+    config: CsmConfig, run: Path | str, *, overwrite: bool = False
+) -> dict[str, Any]:
     """Write ``run/dataset`` from the run's images and the configured annotation.
 
     Of several processes only the first works; the others wait.
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    run, state = Path(run), PartialState()
     summary: dict[str, Any] = {}
     if state.is_main_process:
         summary = publish_dataset(run, config.annotation.folder, config.filter, overwrite=overwrite)

@@ -32,6 +32,7 @@ from diffcal.workflows.das_lds import run_lds
 from diffcal.workflows.das_lds_config import LdsConfig
 from diffcal.workflows.das_report import explain_scores
 from diffcal.workflows.das_score import QueryConfig, ScoreRunConfig, score_queries
+from diffcal.workflows.preset_files import preset_config
 
 __all__ = [
     "METHODS",
@@ -42,6 +43,7 @@ __all__ = [
     "explain",
     "index",
     "lds",
+    "lds_config",
     "score",
     "score_config",
 ]
@@ -107,6 +109,17 @@ def lds(
 ) -> dict[str, Any]:
     """Whether scores predict retraining; see :func:`~.das_lds.run_lds`."""
     return run_lds(config, Path(out), device=device, overwrite=overwrite)
+
+
+def lds_config(
+    preset: str | None = None, overrides: Sequence[str] = (), *, file: Path | None = None
+) -> LdsConfig:
+    """Settings of an LDS from a preset (``digits``), then a TOML file, then overrides.
+
+    Raises:
+        ConfigError: unknown preset or setting.
+    """
+    return preset_config(LdsConfig, "lds", preset, overrides, file=file)
 
 
 def score_config(

@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from diffcal import __version__
-from diffcal.config import build_config
 from diffcal.core.runs import claim_folder, write_json
 from diffcal.data.ladders import select_ladders
 from diffcal.data.logits import load_logits
 from diffcal.workflows import das, html
-from diffcal.workflows.csm import CsmConfig, run_csm
+from diffcal.workflows.csm import CsmConfig, csm_config, run_csm
 from diffcal.workflows.das_report import explanation_blocks, load_explanations, near_copies
 from diffcal.workflows.das_score import QueryConfig, ScoreRunConfig, score_queries
 from diffcal.workflows.previews import draw_ladder, draw_ratios
 from diffcal.workflows.report import ReportConfig, report_data, report_model, report_sections
-from diffcal.workflows.train_classifier import TrainClassifierConfig, train_classifier
+from diffcal.workflows.train_classifier import classifier_config, train_classifier
 
 __all__ = ["quickstart"]
 
-PRESETS = Path(__file__).parent / "presets"
 LADDERS = 6
 ATTRIBUTED = 24
 EXPLAINED = 3
@@ -66,7 +64,7 @@ def quickstart(
     claim |= {"attribution": [*attribution]}
     claim_folder(out, claim, overwrite=overwrite)
     settings = [f"generate.seed={seed}", *mixing]
-    csm = build_config(CsmConfig, PRESETS / "csm-digits.toml", settings)
+    csm = csm_config("digits", settings)
     logger.info("1 of 4: images between the digits, and how much of each digit they show")
     stages = run_csm(csm, out / "csm", device=device)
     dataset = out / "csm" / "dataset"
@@ -79,10 +77,7 @@ def quickstart(
     folders = [None, str(dataset)]
     for folder, mixed in zip(runs.values(), folders, strict=True):
         overrides = [f"seed={seed}", *training] + ([f"mixed.folder={mixed}"] if mixed else [])
-        config = build_config(
-            TrainClassifierConfig, PRESETS / "classifier-quickstart.toml", overrides
-        )
-        train_classifier(config, folder, device=device)
+        train_classifier(classifier_config("quickstart", overrides), folder, device=device)
 
     logger.info("3 of 4: which training images the generated digits owe themselves to")
     scores = out / "das" / "scores"

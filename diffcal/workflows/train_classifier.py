@@ -4,6 +4,7 @@ With it come its logits, calibrated by post-hoc methods, and a report of all of 
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +28,16 @@ from diffcal.data.soft_labels import SoftLabelSet
 from diffcal.data.sources import open_images
 from diffcal.errors import ConfigError, DataError
 from diffcal.workflows.calibrate import CalibrateConfig, calibrate
+from diffcal.workflows.preset_files import preset_config
 from diffcal.workflows.report import ReportConfig, calibration_report
 
-__all__ = ["MixedSource", "TrainClassifierConfig", "read_mixed", "train_classifier"]
+__all__ = [
+    "MixedSource",
+    "TrainClassifierConfig",
+    "classifier_config",
+    "read_mixed",
+    "train_classifier",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +117,26 @@ class TrainClassifierConfig:
         return any(calibrator.needs_features for calibrator in built)
 
 
+def classifier_config(
+    preset: str | None = None, overrides: Sequence[str] = (), *, file: Path | None = None
+) -> TrainClassifierConfig:
+    """Settings from a preset (``digits``, ``cifar10`` ...), then a TOML file, then overrides.
+
+    Args:
+        overrides: As ``classifier.loss.name=dual_focal``.
+
+    Raises:
+        ConfigError: unknown preset or setting.
+    """
+    return preset_config(TrainClassifierConfig, "classifier", preset, overrides, file=file)
+
+
 def train_classifier(
-    config: TrainClassifierConfig, out: Path, *, overwrite: bool = False, device: str = "auto"
+    config: TrainClassifierConfig,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Train, and leave classifier, logits, calibrated logits and a report in ``out``.
 
@@ -133,6 +159,7 @@ def train_classifier(
     """
     from accelerate import Accelerator
 
+    out = Path(out)
     accelerator = Accelerator(cpu=device == "cpu")
     data, fingerprints = _load(config)
     if accelerator.is_main_process:

@@ -15,6 +15,14 @@ from diffcal.calibration.plot_style import figure_to_png, figure_to_svg
 from diffcal.errors import ConfigError
 
 
+def test_a_notebook_shows_a_figure_without_pyplot():
+    figure = plots.confidence_histogram(model())
+    picture = figure._repr_png_()
+    assert picture.startswith(b"\x89PNG")
+    width = int.from_bytes(picture[16:20], "big")
+    assert width == round(80 * figure.get_size_inches()[0])
+
+
 def model(n=800, k=4, factor=2.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, k, generator=generator) * 1.5

@@ -12,12 +12,11 @@ import pytest
 from datasets import load_dataset
 
 from diffcal.cli import main
-from diffcal.config import build_config
 from diffcal.core.runs import sha256_file
 from diffcal.diffusion.checkpoints import bundled_checkpoint, load_denoiser
 from diffcal.errors import ArtifactError, CheckpointError
-from diffcal.workflows.csm import CsmConfig, run_annotation, run_csm, run_publication
-from diffcal.workflows.quickstart import PRESETS, quickstart
+from diffcal.workflows.csm import csm_config, run_annotation, run_csm, run_publication
+from diffcal.workflows.quickstart import quickstart
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = [
@@ -37,7 +36,7 @@ def _offline(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     run = tmp_path_factory.mktemp("csm")
-    config = build_config(CsmConfig, PRESETS / "csm-digits.toml", SMALL)
+    config = csm_config("digits", SMALL)
     return config, run, run_csm(config, run, device="cpu")
 
 
@@ -59,17 +58,27 @@ def test_the_data_set_opens_with_its_features(small_run, tmp_path):
 def test_another_annotation_leaves_images_and_the_first_one(small_run):
     config, run, _ = small_run
     before = {p: sha256_file(p) for p in run.rglob("*.parquet") if "dataset" not in p.parts}
-    other = build_config(
-        CsmConfig,
-        PRESETS / "csm-digits.toml",
-        [*SMALL, "annotation.annotator=projection_sigmoid"],
-    )
+    other = csm_config("digits", [*SMALL, "annotation.annotator=projection_sigmoid"])
     summary = run_annotation(other, run, device="cpu")
     assert summary["encoded_now"] == 0
     assert {p: sha256_file(p) for p in before} == before
     with pytest.raises(ArtifactError, match="annotator"):
         run_publication(other, run)
     assert config.annotation.folder == "kclass_posterior"
+
+
+def test_a_denoiser_at_hand_serves_instead_of_a_source(small_run, tmp_path):
+    _, run, _ = small_run
+    config = csm_config("digits", [*SMALL, "generate.model.source=nowhere"])
+    denoiser = load_denoiser("bundled:digits")
+    run_csm(config, str(tmp_path / "own"), denoiser=denoiser, device="cpu")
+    files = sorted((run / "dataset").rglob("*.parquet"))
+    assert files
+    for path in files:
+        assert sha256_file(tmp_path / "own" / path.relative_to(run)) == sha256_file(path)
+    again = csm_config("digits", [*SMALL, "annotation.name=again"])
+    summary = run_annotation(again, tmp_path / "own", denoiser=denoiser, device="cpu")
+    assert summary["encoded_now"] == 0
 
 
 def test_command_and_pipeline_file_write_the_same(small_run, tmp_path):

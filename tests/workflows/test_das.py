@@ -1,5 +1,6 @@
 """Attribution as a user runs it, on the bundled digits: index, score, explain, and what is refused."""
 
+import io
 import json
 import os
 import re
@@ -26,7 +27,9 @@ from diffcal.diffusion.checkpoints import load_denoiser
 from diffcal.diffusion.edm_denoiser import EDMDenoiser
 from diffcal.errors import ArtifactError, ConfigError, DataError
 from diffcal.workflows import das
+from diffcal.workflows.das_gallery import draw_gallery
 from diffcal.workflows.das_images import open_queries
+from diffcal.workflows.das_report import load_explanations
 from diffcal.workflows.das_score import QueryConfig, ScoreRunConfig, score_queries
 
 SMALL = [
@@ -82,6 +85,20 @@ def test_scores_are_those_of_the_formula_on_the_stored_features(index, tmp_path)
     expected = (scores[:, labels == 0].sum(1) / scores.sum(1)).mean()
     assert zero["share"] == pytest.approx(float(expected), rel=1e-3)
     assert summary["first_is_near"] == 1
+
+
+def test_the_picture_of_a_gallery_holds_the_images(index, tmp_path):
+    das.score(index, "digits", tmp_path / "s", top=4, rows=3, device="cpu")
+    items = load_explanations(tmp_path / "s", top=4)
+    data = draw_gallery(items[:2], top=3, nearest=2)
+    with Image.open(io.BytesIO(data)) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    # A row of pictures is the query, its contributors and its neighbours; each has black pixels.
+    band = (pixels[45:130] < 8).any(axis=0)
+    assert (np.diff(band.astype(int)) == 1).sum() >= 1 + 3 + 2
+    assert data == draw_gallery(items[:2], top=3, nearest=2)
+    with pytest.raises(ConfigError, match="at least one"):
+        draw_gallery([])
 
 
 def test_gallery_shows_the_query_its_contributors_and_its_neighbours(index, tmp_path):

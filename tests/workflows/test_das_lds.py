@@ -10,18 +10,17 @@ from safetensors.torch import load_file
 from diffcal.attribution.outputs import DenoiserObjective
 from diffcal.attribution.timesteps import noise_levels
 from diffcal.cli import main
-from diffcal.config import build_config
 from diffcal.core.rng import item_normal
 from diffcal.core.runs import read_json, sha256_file
 from diffcal.data.sources import open_images
 from diffcal.diffusion.checkpoints import load_denoiser
 from diffcal.diffusion.denoisers import images_to_model
 from diffcal.errors import ArtifactError, ConfigError
+from diffcal.workflows import das
 from diffcal.workflows.das_lds import run_lds
-from diffcal.workflows.das_lds_config import LdsConfig, LossConfig
+from diffcal.workflows.das_lds_config import LossConfig
 from diffcal.workflows.das_losses import query_losses, write_queries
 from diffcal.workflows.das_subset_models import SubsetSource, masks_of
-from diffcal.workflows.quickstart import PRESETS
 
 SMALL = [
     "data.rows=20",
@@ -41,7 +40,7 @@ SMALL = [
 
 
 def small(*more):
-    return build_config(LdsConfig, PRESETS / "lds-digits.toml", [*SMALL, *more])
+    return das.lds_config("digits", [*SMALL, *more])
 
 
 @pytest.fixture(scope="module")

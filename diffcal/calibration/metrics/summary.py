@@ -116,6 +116,17 @@ class MetricReport(Mapping[str, Measurement]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __repr__(self) -> str:
+        """A line for each measure: name, value, interval, remark."""
+        width = max(map(len, self._entries), default=0)
+        lines = []
+        for name, entry in self._entries.items():
+            line = f"{name:<{width}}  {entry.value:9.4f}"
+            if entry.low is not None and entry.high is not None:
+                line += f"  [{entry.low:.4f}, {entry.high:.4f}]"
+            lines.append(f"{line}  {entry.note}".rstrip())
+        return "\n".join(lines)
+
     @property
     def values_only(self) -> dict[str, float]:
         """Plain numbers by name."""

@@ -149,3 +149,12 @@ def test_bad_settings_are_refused():
         confidence_interval("ece", model(50), n_resamples=0)
     nothing = interval_from_draws(math.nan, draws)
     assert math.isnan(nothing.low)
+
+
+def test_a_report_reads_as_a_table():
+    report = evaluate(model(n=300), measures=["accuracy", "ece"], n_resamples=50)
+    lines = repr(report).splitlines()
+    assert [line.split()[0] for line in lines] == ["accuracy", "ece"]
+    ece = report["ece"]
+    assert lines[1].split()[1:] == [f"{ece.value:.4f}", f"[{ece.low:.4f},", f"{ece.high:.4f}]"]
+    assert "[" not in repr(evaluate(model(n=300), measures=["ece"]))
