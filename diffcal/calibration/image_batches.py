@@ -21,7 +21,7 @@ class AugmentationDraws:
     left: Int[Tensor, " b"]
     flip: Bool[Tensor, " b"]
 
-    def part(self, rows: slice) -> "AugmentationDraws":
+    def part(self, rows: slice | Int[Tensor, " m"]) -> "AugmentationDraws":
         """The draws of some of the images."""
         return AugmentationDraws(self.top[rows], self.left[rows], self.flip[rows])
 

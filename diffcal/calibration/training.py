@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffcal.calibration.batchnorm import running_statistics_kept
+from diffcal.calibration.data_methods import Blender, draw_blends
 from diffcal.calibration.image_batches import (
     augment_images,
     channel_statistics,
@@ -16,6 +17,7 @@ from diffcal.calibration.image_batches import (
 )
 from diffcal.calibration.losses.contract import RowLoss
 from diffcal.calibration.losses.epoch_loss import EpochEnd, EpochLoss
+from diffcal.calibration.losses.rank_mixup import MixedCopies
 from diffcal.calibration.losses.registry import build_loss, loss_parameters
 from diffcal.calibration.training_config import ClassifierConfig, LossConfig
 from diffcal.calibration.training_data import TrainingData
@@ -29,7 +31,17 @@ __all__ = ["ClassifierTrainer", "StepBatch", "learning_rate_factor", "mixed_weig
 CHECK_EVERY = 50
 """Steps between looks at the loss, each of which waits for the device."""
 
-_SUMS = ("loss", "real_loss", "mixed_loss", "correct", "images", "grad_norm", "clipped", "steps")
+_SUMS = (
+    "loss",
+    "real_loss",
+    "mixed_loss",
+    "correct",
+    "images",
+    "grad_norm",
+    "clipped",
+    "steps",
+    "ranking",
+)
 
 
 def learning_rate_factor(config: ClassifierConfig, step: int, steps: int, per_epoch: int) -> float:
@@ -69,6 +81,8 @@ class StepBatch:
     """Which training images these are."""
     mixed: Tensor | None
     mixed_targets: Tensor | None
+    copies: MixedCopies | None = None
+    """Blends of the real images for RankMixup; mixup's are ``real`` itself."""
 
 
 class ClassifierTrainer:
@@ -129,6 +143,9 @@ class ClassifierTrainer:
         self._forward: Any = torch.compile(self._model) if config.compile else self._model
         self._real_loss = _loss(config.loss).to(device)
         self._mixed_loss = _loss(config.mixed.loss).to(device)
+        self._ranking: Any = None
+        if config.data_method.name == "rank_mixup":
+            self._ranking = _loss(config.data_method.ranking).to(device)
         self._check_losses()
         self._labels = data.train.labels
         self._groups = None
@@ -189,6 +206,12 @@ class ClassifierTrainer:
         rows = order[place * config.batch_size :][: config.batch_size]
         generator = item_generator(self.seed, "classifier-batch", self.step)
         real_draws = draw_augmentation(len(rows), config.augmentation, generator)
+        blends = draw_blends(config.data_method, len(rows), self.seed, self.step)
+        blender = Blender(
+            lambda places: self._input(data.train.images, rows[places], real_draws.part(places)),
+            data.train.targets[rows],
+            len(data.class_names),
+        )
         mixed, mixed_rows, mixed_draws = data.mixed, None, None
         per_real = config.mixed.per_real
         if mixed is not None and with_mixed:
@@ -210,13 +233,21 @@ class ClassifierTrainer:
                 wide = slice(start * per_real, (start + size) * per_real)
                 mixed_images = self._input(mixed.images, mixed_rows[wide], mixed_draws.part(wide))
                 mixed_targets = mixed.targets[mixed_rows[wide]].to(self._mean.device)
+            real = self._input(data.train.images, rows[part], real_draws.part(part))
+            targets = data.train.targets[rows[part]].to(self._mean.device)
+            copies = None
+            if blends and config.data_method.name == "mixup":
+                real, targets = blender.mixup(real, part, blends[0])
+            elif blends:
+                copies = blender.copies(real, part, blends)
             batches.append(
                 StepBatch(
-                    self._input(data.train.images, rows[part], real_draws.part(part)),
-                    data.train.targets[rows[part]].to(self._mean.device),
+                    real,
+                    targets,
                     rows[part].to(self._mean.device),
                     mixed_images,
                     mixed_targets,
+                    copies,
                 )
             )
         return batches
@@ -252,10 +283,11 @@ class ClassifierTrainer:
         """
         self.check_finite()
         sums: Any = self.accelerator.reduce(self._sums, "sum")
-        values = dict(zip(_SUMS, sums.tolist(), strict=True))
+        values: dict[str, float] = dict(zip(_SUMS, sums.tolist(), strict=True))
         self._sums.zero_()
         passes = max(values["steps"] * self.config.accumulate, 1)
-        report = {name: values[name] / passes for name in ("loss", "real_loss", "mixed_loss")}
+        names = ["loss", "real_loss", "mixed_loss", *(["ranking"] if self._ranking else [])]
+        report = {name: values[name] / passes for name in names}
         report["accuracy"] = values["correct"] / max(values["images"], 1)
         report["grad_norm"] = values["grad_norm"] / max(values["steps"], 1)
         report["clipped"] = values["clipped"] / max(values["steps"], 1)
@@ -347,22 +379,37 @@ class ClassifierTrainer:
 
     def _loss_of_real(self, logits: Tensor, batch: StepBatch) -> Tensor:
         if self.epoch_loss is not None and self.epoch_loss.needs_examples:
-            return self._real_loss(logits, batch.real_targets, batch.real_rows)
-        return self._real_loss(logits, batch.real_targets)
+            loss = self._real_loss(logits, batch.real_targets, batch.real_rows)
+        else:
+            loss = self._real_loss(logits, batch.real_targets)
+        if self._ranking is None or batch.copies is None:
+            return loss
+        # all copies in one pass, as the released code has it
+        flat = self._memory_format(batch.copies.images.flatten(0, 1))
+        copy_logits = self._logits(flat).unflatten(0, batch.copies.targets.shape[:2])
+        ranking = self._ranking.term(
+            logits, batch.real_targets, copy_logits, batch.copies.targets, batch.copies.same_class
+        )
+        self._sums[8] += ranking.detach()
+        return loss + self._ranking.coefficient * ranking
 
     def _check_losses(self) -> None:
         both = ((self.config.loss, self._real_loss), (self.config.mixed.loss, self._mixed_loss))
         for config, loss in both:
             if isinstance(loss, RowLoss) and loss.needs_copies:
                 raise ConfigError(
-                    f"loss '{config.name}' reads mixed copies of each batch, which this trainer "
-                    "does not make"
+                    f"loss '{config.name}' is a term beside a loss: set data_method.name = "
+                    f"'rank_mixup' and data_method.ranking.name = '{config.name}', with any loss"
                 )
         if isinstance(self._mixed_loss, EpochLoss):
             name = self.config.mixed.loss.name
             raise ConfigError(f"loss '{name}' has a state of the real images; not for mixed ones")
         if self.epoch_loss is None:
             return
+        if self.epoch_loss.needs_examples and self.config.data_method.name == "mixup":
+            raise ConfigError(
+                f"loss '{self.config.loss.name}' keeps a history of single images; mixup has none"
+            )
         if self.epoch_loss.needs_validation and self.data.validation is None:
             raise ConfigError(f"loss '{self.config.loss.name}' needs validation images")
         self.epoch_loss.begin(len(self.data.train))
@@ -412,8 +459,12 @@ class ClassifierTrainer:
     def _input(self, images: Tensor, rows: Tensor, draws: Any) -> Tensor:
         batch = images[rows].to(self._mean.device, non_blocking=True)
         augmented = augment_images(batch, self.config.augmentation, draws)
-        x = normalise(augmented, self._mean, self._std)
-        return x if self.config.channels_last else x.contiguous()
+        return self._memory_format(normalise(augmented, self._mean, self._std))
+
+    def _memory_format(self, x: Tensor) -> Tensor:
+        channels_last = self.config.channels_last
+        kind = torch.channels_last if channels_last else torch.contiguous_format
+        return x.contiguous(memory_format=kind)
 
 
 def _loss(config: LossConfig) -> nn.Module:

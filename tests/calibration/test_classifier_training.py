@@ -465,8 +465,10 @@ data = TrainingData(real, tuple("abcd"), mixed, validation=real.rows(torch.arang
 torch.manual_seed(0)
 linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
 accelerator = Accelerator(cpu=True)
-for name, model in (("linear", linear), ("normalised", None)):
+ranked = DataMethodConfig(name="rank_mixup")
+for name, model in (("linear", linear), ("normalised", None), ("ranked", linear)):
     config = ClassifierConfig(
+        data_method=ranked if name == "ranked" else DataMethodConfig(),
         model="cnn-tiny", epochs=3, batch_size=32, accumulate=2, select="best_nll",
         channels_last=model is None, mixed=MixedConfig(batchnorm="auxiliary"), ema=0.5,
     )
@@ -485,9 +487,10 @@ def test_two_processes_train_the_same_classifier_as_one(tmp_path):
     for command in ([sys.executable, script, one], [*launch, script, two]):
         subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
     file = "classifier/classifier.safetensors"
-    expected, found = load_file(one / "linear" / file), load_file(two / "linear" / file)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    for run in ("linear", "ranked"):
+        expected, found = load_file(one / run / file), load_file(two / run / file)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
     made = load_logits(two / "linear/logits-validation.safetensors")
     alone = load_logits(one / "linear/logits-validation.safetensors")
     assert len(made.labels) == 51  # an odd number, shared out over two processes

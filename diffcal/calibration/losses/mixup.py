@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from diffcal.errors import ConfigError, DataError
 
-__all__ = ["MixupBatch", "mixup"]
+__all__ = ["MixupBatch", "MixupDraws", "blend", "draw_mixup", "mixup"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,46 @@ class MixupBatch:
     partner: Int[Tensor, " b"]
     same_class: Bool[Tensor, " b"]
     """Whether an image and its partner have the same likeliest class."""
+
+
+@dataclass(frozen=True)
+class MixupDraws:
+    """With whom each example of a batch is blended, and how much of itself it keeps."""
+
+    share: Float[Tensor, " b"]
+    """In float64, on the CPU."""
+    partner: Int[Tensor, " b"]
+
+    def part(self, rows: slice) -> "MixupDraws":
+        """The draws of some of the examples; partners still count from the start of the batch."""
+        return MixupDraws(self.share[rows], self.partner[rows])
+
+
+def draw_mixup(
+    count: int, *, alpha: float, per_example: bool = False, generator: torch.Generator
+) -> MixupDraws:
+    """Shares ``~ Beta(alpha, alpha)``, one for the batch or one per example, and partners.
+
+    Partners are a random permutation, so that every example is somebody's partner once.
+
+    Raises:
+        ConfigError: alpha not positive.
+    """
+    if not 0 < alpha < float("inf"):
+        raise ConfigError(f"mixup's alpha must be positive, got {alpha}")
+    # a Beta variate from two Gamma ones: torch.distributions takes no generator
+    shape = torch.full((2, count if per_example else 1), alpha, dtype=torch.float64)
+    gammas = torch._standard_gamma(shape, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
+    share = (gammas[0] / gammas.sum(dim=0)).expand(count)
+    return MixupDraws(share, torch.randperm(count, generator=generator))
+
+
+def blend(
+    values: Float[Tensor, "b *i"], partners: Float[Tensor, "b *i"], share: Float[Tensor, " b"]
+) -> Float[Tensor, "b *i"]:
+    """``share values + (1 - share) partners``, in the dtype and on the device of ``values``."""
+    weight = share.to(values).reshape(-1, *(1,) * (values.ndim - 1))
+    return weight * values + (1 - weight) * partners
 
 
 def mixup(
@@ -55,8 +95,6 @@ def mixup(
     Source: Zhang et al. 2018 (arXiv:1710.09412), equation 1; calibration in Thulasidasan et al.
     2019 (arXiv:1905.11001).
     """
-    if not 0 < alpha < float("inf"):
-        raise ConfigError(f"mixup's alpha must be positive, got {alpha}")
     count = len(images)
     if len(targets) != count:
         raise DataError(f"{count} images came with {len(targets)} targets")
@@ -71,19 +109,12 @@ def mixup(
                 f"but there are {num_classes} classes"
             )
         q = F.one_hot(targets.long(), num_classes).float()
-    draws = count if per_example else 1
-    # a Beta variate from two Gamma ones: torch.distributions takes no generator
-    shape = torch.full((2, draws), alpha, dtype=torch.float64)
-    gammas = torch._standard_gamma(shape, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
-    share = (gammas[0] / gammas.sum(dim=0)).expand(count).to(images.device)
-    partner = torch.randperm(count, generator=generator).to(images.device)
-    weight = share.to(images.dtype).reshape(-1, *(1,) * (images.ndim - 1))
-    weight_q = share.to(q.dtype)[:, None]
-    best = q.argmax(dim=1)
+    draws = draw_mixup(count, alpha=alpha, per_example=per_example, generator=generator)
+    partner, best = draws.partner.to(images.device), q.argmax(dim=1)
     return MixupBatch(
-        weight * images + (1 - weight) * images[partner],
-        weight_q * q + (1 - weight_q) * q[partner],
-        share.to(q.dtype),
+        blend(images, images[partner], draws.share),
+        blend(q, q[partner], draws.share),
+        draws.share.to(q),
         partner,
         best == best[partner],
     )

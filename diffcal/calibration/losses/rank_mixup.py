@@ -149,8 +149,33 @@ class _RankMixup(RowLoss):
         super().__init__(**contract)
         self.coefficient = check_coefficient(coefficient)
 
-    def _rows_of_term(self, logits: Tensor, mixed: Tensor, mixed_targets: Tensor) -> Tensor:
+    def _rows_of_term(
+        self, logits: Tensor, mixed: Tensor, mixed_targets: Tensor, same_class: Tensor | None
+    ) -> Tensor:
         raise NotImplementedError
+
+    def term(
+        self,
+        logits: Float[Tensor, "b k"],
+        targets: Tensor,
+        mixed_logits: Float[Tensor, "m b k"],
+        mixed_targets: Float[Tensor, "m b k"],
+        same_class: Bool[Tensor, "m b"] | None = None,
+    ) -> Float[Tensor, "*r"]:
+        """The bare ranking term, reduced; to be added to any loss of the raw batch.
+
+        Args:
+            logits: Of the raw images.
+            targets: Of the raw images; they matter for ``ignore_index`` and ``class_weight`` alone.
+            mixed_logits: Of their copies.
+            mixed_targets: Of their copies.
+            same_class: Which copies were mixed from one class; by default those whose target is
+                one-hot. M-NDCG does not read it.
+        """
+        contract = self.contract()
+        rows = loss_rows(logits, targets, {**contract, "validate": False})
+        values = self._rows_of_term(logits, mixed_logits, mixed_targets, same_class)
+        return reduced(values, rows, contract)
 
     def parts(
         self,
@@ -160,10 +185,8 @@ class _RankMixup(RowLoss):
         mixed_targets: Float[Tensor, "m b k"],
     ) -> LossParts:
         """The loss and its two parts, reduced alike."""
-        contract = self.contract()
-        base = cross_entropy(logits, targets, **contract)
-        rows = loss_rows(logits, targets, {**contract, "validate": False})
-        term = reduced(self._rows_of_term(logits, mixed_logits, mixed_targets), rows, contract)
+        base = cross_entropy(logits, targets, **self.contract())
+        term = self.term(logits, targets, mixed_logits, mixed_targets)
         return LossParts(base + self.coefficient * term, base, term)
 
     def forward(
@@ -180,7 +203,9 @@ class _RankMixup(RowLoss):
 class RankMixupMndcg(_RankMixup):
     """Cross-entropy plus ``coefficient`` (0.1) times :func:`rank_mixup_mndcg_term`."""
 
-    def _rows_of_term(self, logits: Tensor, mixed: Tensor, mixed_targets: Tensor) -> Tensor:
+    def _rows_of_term(
+        self, logits: Tensor, mixed: Tensor, mixed_targets: Tensor, same_class: Tensor | None
+    ) -> Tensor:
         return rank_mixup_mndcg_term(logits, mixed, mixed_targets)
 
 
@@ -197,9 +222,16 @@ class RankMixupMrl(_RankMixup):
         super().__init__(coefficient, **contract)
         self.margin, self.released = margin, released
 
-    def _rows_of_term(self, logits: Tensor, mixed: Tensor, mixed_targets: Tensor) -> Tensor:
+    def _rows_of_term(
+        self, logits: Tensor, mixed: Tensor, mixed_targets: Tensor, same_class: Tensor | None
+    ) -> Tensor:
         return rank_mixup_mrl_term(
-            logits, mixed, mixed_targets, margin=self.margin, released=self.released
+            logits,
+            mixed,
+            mixed_targets,
+            margin=self.margin,
+            same_class=same_class,
+            released=self.released,
         )
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "cross_entropy",
     "csm_objective",
     "kl_divergence",
+    "smoothing_for_confidence",
     "squared_error",
 ]
 
@@ -71,6 +72,45 @@ def cross_entropy(
         share = smoothing if spread == "all" else smoothing * k / (k - 1)
         values = (1 - share) * values + share * statistics.uniform
     return reduced(values, rows, contract)
+
+
+def smoothing_for_confidence(
+    confidence: float,
+    num_classes: int,
+    *,
+    spread: Spread = "all",
+    target_confidence: float = 1.0,
+) -> float:
+    """Label smoothing whose targets have a given mean confidence, so that methods can be compared at it.
+
+    Cross-entropy is least where the prediction equals its target, so this is also the mean confidence
+    on the training set of a network that fits them. With ``m`` the mean largest entry of the targets
+    before smoothing, ``(1 - a) m + a / k = confidence`` is solved for ``a``; with ``spread="others"``,
+    ``(1 - a) m + a (1 - m) / (k - 1) = confidence``. A smoothing so strong that the likeliest class of
+    a target would change is not among the answers.
+
+    Args:
+        confidence: Wanted, for instance the mean largest entry of soft labels to compare with.
+        num_classes: ``k``.
+        spread: As in :func:`cross_entropy`.
+        target_confidence: ``m``; 1 for hard labels.
+
+    Returns:
+        ``smoothing`` of :func:`cross_entropy`, in [0, 1).
+
+    Raises:
+        ConfigError: confidence not in (1 / k, target_confidence].
+    """
+    _check_smoothing(0.0, spread)
+    if num_classes < 2:
+        raise ConfigError(f"num_classes must be at least 2, got {num_classes}")
+    if not 1 / num_classes < confidence <= target_confidence <= 1:
+        raise ConfigError(
+            f"a mean confidence of {confidence} cannot be reached by smoothing: it must be above "
+            f"1/{num_classes} and at most that of the targets ({target_confidence})"
+        )
+    end = 1 / num_classes if spread == "all" else (1 - target_confidence) / (num_classes - 1)
+    return (target_confidence - confidence) / (target_confidence - end)
 
 
 def kl_divergence(
