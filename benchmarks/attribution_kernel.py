@@ -10,23 +10,22 @@ each query. ``inverses`` is the published way on the same features: one explicit
 damping, and the leverage from it; it is timed at ``--inverse-dampings`` of them and scaled up. Peak
 memory is the growth of the resident set in a process of its own; ``memory`` repeats ``kernel`` at one
 damping with 1, 2 and 4 times as many rows. ``cpu`` counts processor seconds over all threads: on a
-machine that does other work (``load_before``) they mean more than seconds on the clock.
+machine that does other work (``environment.load``) they mean more than seconds on the clock.
 """
 
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from _environment import environment
 
 from diffcal.attribution.damping_selection import OFFICIAL_DAMPINGS
 from diffcal.attribution.feature_store import FeatureStore
@@ -171,11 +170,7 @@ def main() -> None:
         print(json.dumps(run_task(args.task, args.store, args.queries, args.count)))
         return
     result: dict[str, object] = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg(),
-        "versions": {name: version(name) for name in ("torch", "safetensors")},
+        "environment": environment(packages=("safetensors",)),
         "rows": args.rows,
         "dim": args.dim,
         "queries": args.queries,
@@ -199,7 +194,7 @@ def main() -> None:
             task = in_process("kernel", store, 100, 1)
             memory[str(args.rows * factor)] = {"peak_bytes": task["peak_bytes"], "dim": small}
         result["memory"] = memory
-    result["load_after"] = os.getloadavg()
+    result["load_after"] = round(os.getloadavg()[0], 2)
     text = json.dumps(result, indent=2)
     print(text)
     if args.out:

@@ -19,16 +19,15 @@ the process's own CPU seconds (on a GPU: wall seconds), and ratios are medians o
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from _environment import environment
 from diffusers import DDPMScheduler, UNet2DModel
 
 from diffcal.attribution.gradient_fused import FusedGradients
@@ -156,7 +155,7 @@ def main() -> None:
     objective, inputs = make_objective(args.network, args.batch, args.device, args.dtype)
     names = list(dict.fromkeys(["step", *args.methods]))
     methods = make_methods(names, objective, inputs, args.dim)
-    load = os.getloadavg()
+    where = environment(args.device, packages=("diffusers",))
     results = {name: method() for name, method in methods.items()}  # warms up, hashes buckets
     seconds: dict[str, list[float]] = {name: [] for name in names}
     wall: dict[str, list[float]] = {name: [] for name in names}
@@ -175,14 +174,8 @@ def main() -> None:
             seconds[name].append(wall[name][-1] if on_gpu else time.process_time() - cpu)
     parameters = sum(p.numel() for p in objective.denoiser.module.parameters())
     report = {
-        "machine": torch.cuda.get_device_name()
-        if on_gpu
-        else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": load,
-        "load_after": os.getloadavg(),
-        "versions": {name: version(name) for name in ("torch", "diffusers")},
+        "environment": where,
+        "load_after": round(os.getloadavg()[0], 2),
         "network": args.network,
         "parameters": parameters,
         "batch": args.batch,
