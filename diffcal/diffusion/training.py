@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,15 @@ from diffcal.diffusion.ema import EmaKind, ExponentialMovingAverage, ema_decay
 from diffcal.diffusion.losses import denoising_loss, edm_loss_weight, log_normal_sigma
 from diffcal.errors import ConfigError, NumericalError
 
-__all__ = ["DiffusionTrainer", "OptimizerConfig", "batch_indices", "learning_rate_factor"]
+__all__ = [
+    "DiffusionTrainer",
+    "OptimizerConfig",
+    "StepDraws",
+    "batch_indices",
+    "draw_step",
+    "learning_rate_factor",
+    "take_label_dropout",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +100,56 @@ def batch_indices(seed: int, count: int, batch_size: int, step: int) -> Int[Tens
     return torch.cat(pieces)
 
 
+class StepDraws(NamedTuple):
+    """A batch of one step, and everything random about it."""
+
+    x: Tensor
+    sigma: Tensor
+    noise: Tensor
+    class_labels: Tensor | None
+    augment_labels: Tensor | None
+
+
+def draw_step(
+    config: OptimizerConfig,
+    seed: int,
+    step: int,
+    x: Float[Tensor, "b c h w"],
+    class_labels: Float[Tensor, "b k"] | None,
+    label_dropout: float = 0.0,
+) -> StepDraws:
+    """Noise levels, noise, augmentation and dropped labels of a batch, from (seed, step) alone."""
+    generator = item_generator(seed, "train-noise", step)
+    count = x.shape[0]
+    sigma = log_normal_sigma(
+        torch.randn(count, generator=generator), config.sigma_mean, config.sigma_std
+    )
+    noise = torch.randn(x.shape, generator=generator)
+    if config.flip:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        x = torch.where(append_dims(mirrored, x), x.flip(-1), x)
+    augment_labels = None
+    if config.augment is not None:
+        x, augment_labels = augment(x, config.augment, generator)
+    if class_labels is not None and label_dropout:
+        keep = torch.rand(count, 1, generator=generator) >= label_dropout
+        class_labels = class_labels * keep
+    return StepDraws(x, sigma, noise, class_labels, augment_labels)
+
+
+def take_label_dropout(network: nn.Module) -> float:
+    """The network's chance of losing a class, which is set to 0: labels are dropped before it.
+
+    Image by image and from the step's generator; the network's own draws would depend on how a batch
+    is divided.
+    """
+    model = getattr(network, "model", None)
+    chance = float(getattr(model, "label_dropout", 0.0))
+    if chance:
+        model.label_dropout = 0.0  # type: ignore[union-attr]
+    return chance
+
+
 @dataclass
 class DiffusionTrainer:
     """A preconditioned network, its optimiser and its average, advanced one step at a time.
@@ -125,12 +183,7 @@ class DiffusionTrainer:
                 f"optimizer.batch_size {self.config.batch_size} does not divide into "
                 f"{self.config.accumulate} passes on {processes} processes"
             )
-        # Labels are dropped here, image by image, and not by the network, whose draws would depend
-        # on how the batch is divided.
-        model = getattr(self.network, "model", None)
-        self._label_dropout = float(getattr(model, "label_dropout", 0.0))
-        if self._label_dropout:
-            model.label_dropout = 0.0  # type: ignore[union-attr]
+        self._label_dropout = take_label_dropout(self.network)
         if self.config.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network.to(self.accelerator.device)
@@ -154,21 +207,10 @@ class DiffusionTrainer:
             NumericalError: the loss is not finite; weights are left as they were.
         """
         config, device = self.config, self.accelerator.device
-        generator = item_generator(self.seed, "train-noise", self.step)
         count = x.shape[0]
-        sigma = log_normal_sigma(
-            torch.randn(count, generator=generator), config.sigma_mean, config.sigma_std
+        x, sigma, noise, class_labels, augment_labels = draw_step(
+            config, self.seed, self.step, x, class_labels, self._label_dropout
         )
-        noise = torch.randn(x.shape, generator=generator)
-        if config.flip:
-            mirrored = torch.rand(count, generator=generator) < 0.5
-            x = torch.where(append_dims(mirrored, x), x.flip(-1), x)
-        augment_labels = None
-        if config.augment is not None:
-            x, augment_labels = augment(x, config.augment, generator)
-        if class_labels is not None and self._label_dropout:
-            keep = torch.rand(count, 1, generator=generator) >= self._label_dropout
-            class_labels = class_labels * keep
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         torch.manual_seed(item_seed(self.seed, f"train-dropout-{rank}", self.step))
 
