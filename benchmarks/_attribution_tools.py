@@ -1,0 +1,307 @@
+"""One attribution problem, solved by diffcal, traker and dattri: features and scores, end to end.
+
+Every tool gets the same network, images, timesteps, noise and damping, and every one takes the
+gradient of the same number: the mean over timesteps of a functional of the network's output. Each
+runner returns scores ``[queries, training rows]`` and the CPU seconds of its two halves.
+"""
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffcal.attribution.featurise import FeatureConfig, Featuriser, GradientMethod
+from diffcal.attribution.functionals import Outputs, resolve_functional
+from diffcal.attribution.kernel import fit_kernel
+from diffcal.attribution.noise import attribution_noise
+from diffcal.attribution.projection import ProjectionConfig
+from diffcal.attribution.scores import kernel_scores
+from diffcal.diffusion.diffusers_unet import UNet2DDenoiser
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is attributed, and the settings that all tools share."""
+
+    denoiser: UNet2DDenoiser
+    train: Tensor
+    queries: Tensor
+    timesteps: int
+    functional: str
+    rho: float
+    """Damping over the mean squared norm of a training feature."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network itself, for tools that know no denoisers."""
+        return self.denoiser.module
+
+    @property
+    def num_params(self) -> int:
+        """Its parameters."""
+        return sum(p.numel() for p in self.network.parameters())
+
+    def config(self, projection: ProjectionConfig, normalise: bool = False) -> FeatureConfig:
+        """diffcal's settings for it."""
+        return FeatureConfig(
+            functional=self.functional,
+            timesteps=self.timesteps,
+            normalise=normalise,
+            projection=projection,
+        )
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Scores and what they cost."""
+
+    scores: Tensor
+    feature_seconds: float
+    score_seconds: float
+
+
+# The yardstick
+
+
+def whole_features(problem: Problem, images: Tensor, normalise: bool = False) -> Tensor:
+    """Unprojected features by ``torch.func``, float32 ``[n, parameters]``, few rows at a time."""
+    config = problem.config(ProjectionConfig(kind="identity"), normalise)
+    featuriser = Featuriser(problem.denoiser, config, method="vmap")
+    pieces = zip(range(0, len(images), 4), images.split(4), strict=True)
+    return torch.cat([featuriser(x, range(at, at + len(x))).vectors for at, x in pieces])
+
+
+def exact_scores(problem: Problem, train: Tensor, queries: Tensor) -> Tensor:
+    """``ΨΦᵀ (ΦΦᵀ + λI)⁻¹`` of whole features, in float64: equal to ``Ψ (ΦᵀΦ + λI)⁻¹ Φᵀ``."""
+    phi, psi = train.double(), queries.double()
+    gram = phi @ phi.mT
+    damping = problem.rho * gram.diagonal().mean()
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram + damping * eye, (psi @ phi.mT).mT).mT
+
+
+# diffcal
+
+
+def run_diffcal(
+    problem: Problem,
+    projection: ProjectionConfig,
+    *,
+    method: GradientMethod = "fused",
+    normalise: bool = False,
+    readout: str = "signed",
+    batch_rows: int = 64,
+) -> Solved:
+    """The Python interface: a featuriser, a kernel, scores."""
+    begin = time.process_time()
+    featuriser = Featuriser(
+        problem.denoiser,
+        problem.config(projection, normalise),
+        method=method,
+        batch_rows=batch_rows,
+        unknown="refuse",
+    )
+    rows = featuriser(problem.train, range(len(problem.train))).vectors
+    asked = featuriser(problem.queries, range(len(problem.queries)), role="query").vectors
+    middle = time.process_time()
+    kernel = fit_kernel(rows)
+    damping = kernel.damping(problem.rho)
+    scores = kernel_scores(kernel, asked, rows, damping, readout=readout)
+    return Solved(scores, middle - begin, time.process_time() - middle)
+
+
+# What the peers are given
+
+
+def mean_output(problem: Problem) -> Callable[[Any, Tensor], Tensor]:
+    """From parameters (and buffers) and one image to the number whose gradient is taken.
+
+    All timesteps go through the network at once and share one backward pass, the cheapest way that
+    the peers' interfaces allow: one projection for each image instead of one for each timestep.
+    """
+    levels = Featuriser(problem.denoiser, problem.config(ProjectionConfig(dim=64))).levels
+    sigma = levels.sigmas.float().view(-1, 1, 1, 1)
+    shape = tuple(problem.train.shape[1:])
+    noise = torch.cat([attribution_noise("shared", 0, t, [0], shape) for t in levels.timesteps])
+    scale, offset = 1 / (1 + sigma.square()).sqrt(), sigma * noise
+    times, weight = torch.tensor(levels.timesteps), levels.weights.float()
+    functional, network = resolve_functional(problem.functional), problem.network
+
+    def value(parameters: Any, image: Tensor) -> Tensor:
+        x_t = scale * (image + offset)
+        output = torch.func.functional_call(network, parameters, (x_t, times)).sample
+        return functional(Outputs(output, noise, weight)).mean()
+
+    return value
+
+
+def batched_attention() -> AbstractContextManager[None]:
+    """Torch's fused attention has no batching rule and would be looped over: spare the peers that."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+# traker
+
+
+def run_traker(
+    problem: Problem,
+    dim: int,
+    mean_square: float,
+    *,
+    batch: int = 16,
+    block: int | None = None,
+) -> Solved:
+    """``TRAKer`` with a model output of our own, float32, on the CPU.
+
+    ``block``: columns of the random matrix that are drawn at once; None: traker's own choice (100,
+    drawn again for every batch). With ``block = dim`` the whole matrix is drawn once and stays in
+    memory.
+    """
+    import trak
+    from trak.modelout_functions import AbstractModelOutput
+    from trak.projectors import BasicProjector, ProjectionType
+
+    value = mean_output(problem)
+
+    class MeanOutput(AbstractModelOutput):
+        def __init__(self) -> None: ...
+
+        def get_output(self, model, weights, buffers, image):
+            return value((weights, buffers), image)
+
+        def get_out_to_loss_grad(self, model, weights, buffers, batch):
+            return torch.ones(len(batch[0]), 1)
+
+    projector = None
+    if block is not None:
+        projector = BasicProjector(
+            problem.num_params, dim, 0, ProjectionType.normal, torch.device("cpu"), block
+        )
+    # Its features are divided by sqrt(parameters) and its matrix by nothing.
+    damping = problem.rho * mean_square * dim / problem.num_params
+    weights = problem.network.state_dict()
+    with tempfile.TemporaryDirectory() as folder, batched_attention():
+        begin = time.process_time()
+        tool = trak.TRAKer(
+            model=problem.network,
+            task=MeanOutput(),
+            train_set_size=len(problem.train),
+            save_dir=folder,
+            device="cpu",
+            projector=projector,
+            proj_dim=dim,
+            use_half_precision=False,
+            lambda_reg=damping,
+            logging_level=logging.ERROR,
+        )
+        tool.load_checkpoint(weights, model_id=0)
+        for images in problem.train.split(batch):
+            tool.featurize(batch=[images], num_samples=len(images))
+        middle = time.process_time()
+        tool.finalize_features()
+        finalised = time.process_time()
+        tool.start_scoring_checkpoint("queries", weights, 0, num_targets=len(problem.queries))
+        for images in problem.queries.split(batch):
+            tool.score(batch=[images], num_samples=len(images))
+        asked = time.process_time()
+        scores = torch.tensor(tool.finalize_scores(exp_name="queries")).mT
+        end = time.process_time()
+    return Solved(scores, middle - begin + asked - finalised, finalised - middle + end - asked)
+
+
+# dattri
+
+
+def run_dattri(
+    problem: Problem, dim: int, mean_square: float, kind: str, *, batch: int = 16
+) -> Solved:
+    """``TRAKAttributor`` with a projection that dattri offers on the CPU.
+
+    Its probability function, which only scales scores, is a constant that costs nothing.
+    """
+    from dattri.algorithm.trak import TRAKAttributor
+    from dattri.task import AttributionTask
+    from torch.utils.data import DataLoader, TensorDataset
+
+    value = mean_output(problem)
+
+    def output(parameters, data):
+        return value(parameters, data[0])
+
+    # Its features are divided by sqrt(parameters); a mask keeps dim of the parameters, unscaled.
+    damping = problem.rho * mean_square / problem.num_params
+    if kind == "random_mask":
+        damping *= dim / problem.num_params
+    loaders = [
+        DataLoader(TensorDataset(images), batch_size=batch, shuffle=False)
+        for images in (problem.train, problem.queries)
+    ]
+    with batched_attention():
+        begin = time.process_time()
+        task = AttributionTask(output, problem.network, problem.network.state_dict())
+        tool = TRAKAttributor(
+            task,
+            correct_probability_func=lambda parameters, data: torch.zeros(()),
+            projector_kwargs={
+                "proj_dim": dim,
+                "proj_max_batch_size": 32,
+                "proj_seed": 0,
+                "proj_type": kind,
+                "device": "cpu",
+            },
+            device="cpu",
+            regularization=damping,
+        )
+        tool.cache(loaders[0])
+        # Features and solve are one call; what the solve takes is measured by itself.
+        scores = tool.attribute(loaders[1]).mT.detach()
+        total = time.process_time() - begin
+    solve = _solve_seconds(len(problem.train), dim)
+    return Solved(scores, total - solve, solve)
+
+
+def _solve_seconds(rows: int, dim: int) -> float:
+    features = torch.randn(rows, dim) / math.sqrt(dim)
+    begin = time.process_time()
+    torch.linalg.solve(features.mT @ features + torch.eye(dim), features.mT)
+    return time.process_time() - begin
+
+
+def correlations(found: Tensor, wanted: Tensor) -> dict[str, float]:
+    """Pearson and rank correlation of each query's scores with the exact ones: mean and lowest."""
+    from diffcal.attribution.lds import average_ranks
+
+    def each(a: Tensor, b: Tensor) -> Tensor:
+        a, b = (t - t.mean(dim=1, keepdim=True) for t in (a.double(), b.double()))
+        return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
+
+    pearson = each(found, wanted)
+    ranks = each(average_ranks(found), average_ranks(wanted))
+    return {
+        "pearson_mean": float(pearson.mean()),
+        "pearson_lowest": float(pearson.min()),
+        "spearman_mean": float(ranks.mean()),
+        "spearman_lowest": float(ranks.min()),
+    }
+
+
+def installed(names: Sequence[str]) -> dict[str, str | None]:
+    """Why each of these packages cannot be imported, or None."""
+    from importlib import import_module
+
+    missing: dict[str, str | None] = {}
+    for name in names:
+        try:
+            import_module(name)
+            missing[name] = None
+        except ImportError as error:
+            missing[name] = str(error)
+    return missing
