@@ -29,8 +29,8 @@ from torch import Tensor
 
 from diffcal.calibration.losses.soft_target import smoothing_for_confidence
 from diffcal.calibration.metrics.ood import ood_auroc, ood_scores
-from diffcal.calibration.metrics.registry import measure
 from diffcal.calibration.metrics.soft_label import kullback_leibler, squared_distance
+from diffcal.calibration.metrics.summary import measure
 from diffcal.calibration.posthoc.temperature import TemperatureScaling
 from diffcal.calibration.training_config import (
     AugmentationConfig,
@@ -79,24 +79,24 @@ class SetUp:
 
 SET_UPS = {
     "digits": SetUp(
-        train=("digits", range(1150)),
+        train=("digits", range(300)),
         validation=("digits", range(1150, 1437)),
         test=("digits", range(1437, 1797)),
         human=None,
         preset="digits",
-        mixing=("annotation.real.rows=1150",),
+        mixing=("annotation.real.rows=300",),
         classifier=ClassifierConfig(
             model="cnn-small",
-            epochs=30,
+            epochs=40,
             batch_size=50,
             schedule="cosine",
             augmentation=AugmentationConfig(crop_padding=1, flip=False),
             precision="bf16",
-            evaluate_every=30,
-            save_every=30,
+            evaluate_every=40,
+            save_every=40,
         ),
         per_real=2,
-        seeds=tuple(range(10)),
+        seeds=tuple(range(6)),
     ),
     "cifar10": SetUp(
         train=("train-*.parquet", range(5_000)),
@@ -299,7 +299,8 @@ def _annotated(set_up: SetUp, work: Path, train: LabelledImages) -> Tensor:
         config = _configs(set_up)["all_class"]
         denoiser = open_model(config.generate.model, "cpu")
         encoder = build_encoder(config.annotation.encoder, denoiser=denoiser, device="cpu")
-        annotator = load_annotator(work / "mixed" / "annotations" / config.annotation.folder)
+        annotations = work / "mixed" / "annotations" / config.annotation.folder
+        annotator = load_annotator(annotations / "annotator")
         features = torch.cat([encoder.encode(part) for part in train.images.split(256)])
         blank = torch.zeros(len(features), 2, dtype=torch.int64)
         labels = annotator.annotate(features, blank, blank.float()).float()
