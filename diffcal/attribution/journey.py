@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcal.attribution.featurise import Featuriser, average_over_timesteps
+from diffcal.attribution.noise import attribution_noise
 from diffcal.errors import DataError
 
-__all__ = ["journey_features", "renoised_path"]
+__all__ = ["journey_features", "path_features", "renoised_path"]
 
 
 def renoised_path(
@@ -48,3 +51,51 @@ def journey_features(steps: Sequence[Float[Tensor, "q k"]]) -> Float[Tensor, "q 
     for features in steps[1:]:
         total += features
     return total / len(steps)
+
+
+def path_features(
+    featuriser: Featuriser,
+    denoised: Float[Tensor, "steps q c h w"],
+    indices: Sequence[int],
+    condition: Tensor | None = None,
+) -> Float[Tensor, "q k"]:
+    """Features of a sampling path: :func:`journey_features` of each step noised again to its own level.
+
+    Args:
+        featuriser: Made for the noise levels of the steps (``sigmas``), in their order; its functional,
+            projection and normalisation are those of the training features.
+        denoised: Predicted clean samples of every step.
+        indices: Place of each query among all, for the noise.
+        condition: Rows of the denoiser's conditions.
+
+    Raises:
+        DataError: another number of steps than noise levels.
+    """
+    levels = featuriser.levels.timesteps
+    if len(denoised) != len(levels):
+        raise DataError(f"{len(denoised)} sampling steps for {len(levels)} noise levels")
+    config, size = featuriser.config, featuriser.batch_rows
+    steps = []
+    for at, clean in enumerate(denoised):
+        noise = attribution_noise(
+            config.noise,
+            config.noise_seed,
+            levels[at],
+            indices,
+            tuple(clean.shape[1:]),
+            role="query",
+            slot_batch=config.slot_batch,
+        )
+        parts = []
+        for start in range(0, len(clean), size):
+            rows = slice(start, start + size)
+            found = featuriser.rows(
+                clean[rows],
+                noise[rows],
+                torch.full((len(clean[rows]),), at),
+                None if condition is None else condition[rows],
+            )
+            norms = found.norms[:, None] if config.normalise else None
+            parts.append(average_over_timesteps(found.vectors[:, None], norms))
+        steps.append(torch.cat(parts))
+    return journey_features(steps)

@@ -12,8 +12,18 @@ from diffcal.attribution.topk import TopScores
 from diffcal.core.tensors import require_finite
 from diffcal.errors import ConfigError, DataError
 
-__all__ = ["MemorisationReport", "flag_memorised", "memorisation_report"]
+__all__ = [
+    "MemorisationReport",
+    "exceedance",
+    "flag_beyond",
+    "flag_memorised",
+    "memorisation_report",
+    "memorisation_thresholds",
+]
 
+MEASURES = ("nearest", "isolation", "dominance", "copy_score")
+
+ROUNDING = 1e-9
 _END = ScoreBlock(-1, torch.zeros(0, 0))
 
 
@@ -111,6 +121,43 @@ def memorisation_report(
     )
 
 
+def memorisation_thresholds(
+    reference: MemorisationReport, quantile: float = 0.99
+) -> dict[str, float]:
+    """How far images that cannot be copies go: this quantile of each measure.
+
+    Args:
+        reference: Report of real images that the model was not trained on.
+
+    Returns:
+        ``nearest``, ``isolation``, ``dominance``, ``copy_score``.
+
+    Raises:
+        ConfigError: the quantile is not between 0 and 1, or finer than the reference can tell.
+    """
+    count = len(reference.nearest)
+    if not 0 < quantile < 1:
+        raise ConfigError(f"quantile must lie strictly between 0 and 1, got {quantile}")
+    if count * (1 - quantile) < 1 - ROUNDING:
+        raise ConfigError(
+            f"{count} reference images cannot tell the {quantile} quantile: give at least "
+            f"{-int(-(1 - ROUNDING) // (1 - quantile))} or lower it"
+        )
+    return {name: float(getattr(reference, name).quantile(quantile)) for name in MEASURES}
+
+
+def flag_beyond(
+    report: MemorisationReport, thresholds: dict[str, float]
+) -> dict[str, Bool[Tensor, " q"]]:
+    """Queries beyond :func:`memorisation_thresholds`; keys as of :func:`flag_memorised`."""
+    beyond = {name: getattr(report, name) > limit for name, limit in thresholds.items()}
+    return {
+        "near_copy": beyond["nearest"] & beyond["isolation"],
+        "dominated": beyond["dominance"],
+        "memorised": beyond["copy_score"],
+    }
+
+
 def flag_memorised(
     report: MemorisationReport, reference: MemorisationReport, quantile: float = 0.99
 ) -> dict[str, Bool[Tensor, " q"]]:
@@ -123,26 +170,21 @@ def flag_memorised(
 
     Returns:
         ``near_copy`` (likeness and isolation), ``dominated`` (share of one image) and ``memorised``
-        (the product of both).
+        (the product of share and likeness).
 
     Raises:
         ConfigError: the quantile is not between 0 and 1, or finer than the reference can tell.
     """
-    count = len(reference.nearest)
-    if not 0 < quantile < 1:
-        raise ConfigError(f"quantile must lie strictly between 0 and 1, got {quantile}")
-    if count * (1 - quantile) < 1:
-        raise ConfigError(
-            f"{count} reference images cannot tell the {quantile} quantile: give at least "
-            f"{-int(-1 // (1 - quantile))} or lower it"
-        )
+    return flag_beyond(report, memorisation_thresholds(reference, quantile))
 
-    def beyond(name: str) -> Tensor:
-        mine, theirs = getattr(report, name), getattr(reference, name)
-        return mine > theirs.quantile(quantile)
 
-    return {
-        "near_copy": beyond("nearest") & beyond("isolation"),
-        "dominated": beyond("dominance"),
-        "memorised": beyond("copy_score"),
-    }
+def exceedance(
+    values: Float64[Tensor, " q"], reference: Float64[Tensor, " r"]
+) -> Float64[Tensor, " q"]:
+    """Chance that a harmless image reaches each value: ``(1 + #{reference >= value}) / (1 + r)``.
+
+    A valid p-value where queries that are no copies and reference images come from one distribution.
+    """
+    ordered = reference.sort().values
+    at_least = len(ordered) - torch.searchsorted(ordered, values.contiguous(), side="left")
+    return (1 + at_least).double() / (1 + len(ordered))

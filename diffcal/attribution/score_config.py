@@ -36,6 +36,8 @@ class ScoreConfig:
     leverage: bool = False
     """Off as in the released code: the correction changes ranks little at useful dampings."""
     readout: Readout = "square"
+    average: Literal["scores", "signed"] = "scores"
+    """Of several models: their scores as read out, or their signed scores before the readout."""
     damping: float = 0.1
     damping_rule: DampingRule = "relative"
     """``relative`` is in units of the mean squared norm of a training feature. An absolute optimum

@@ -54,6 +54,17 @@ class ImageSource(ABC):
         height, width, channels = next(self._rows([0]))[0].shape
         return height, width, channels
 
+    def column(self, name: str, rows: Sequence[int]) -> list[Any]:
+        """Values of another column than image and label, such as the artist; None where it is empty.
+
+        Raises:
+            DataError: there is no such column; sources without a table have none.
+        """
+        raise DataError(
+            f"'{self.name}' has no column '{name}': it holds images and classes alone; "
+            "a Parquet file can tell more"
+        )
+
     def batches(self, size: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         """Batches ``(rows int64 [b], images uint8 [b, h, w, c], labels int64 [b])``.
 
@@ -210,6 +221,22 @@ class ParquetSource(ImageSource):
     def fingerprint(self) -> str:
         return fingerprint([*self.columns, *(sha256_file(path) for path in self.files)])
 
+    def column(self, name: str, rows: Sequence[int]) -> list[Any]:
+        """See :meth:`ImageSource.column`."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        values: list[Any] = []
+        for path in self.files:
+            names = pq.read_schema(path).names
+            if name not in names:
+                raise DataError(f"'{path}' has no column '{name}'{_near(name, names)}")
+            try:
+                values += pq.read_table(path, columns=[name]).column(0).to_pylist()
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"'{path}' cannot be read: {error}") from error
+        return [values[row] for row in rows]
+
     def _classes_of_labels(self) -> tuple[str, ...]:
         import pyarrow.parquet as pq
 
@@ -342,6 +369,13 @@ class HubSource(ImageSource):
     @property
     def fingerprint(self) -> str:
         return fingerprint([self.name, *self.columns, self._data._fingerprint])
+
+    def column(self, name: str, rows: Sequence[int]) -> list[Any]:
+        """See :meth:`ImageSource.column`."""
+        if name not in self._data.column_names:
+            names = self._data.column_names
+            raise DataError(f"'{self.name}' has no column '{name}'{_near(name, names)}")
+        return list(self._data.select(list(rows))[name])
 
     def _rows(self, rows: Sequence[int]) -> Iterator[tuple[ndarray, int]]:
         image_column, label_column = self.columns

@@ -22,6 +22,7 @@ from diffcal.errors import ConfigError, DataError, NumericalError
 
 __all__ = [
     "PRESETS",
+    "OnStep",
     "SamplerConfig",
     "Solver",
     "churned_sigmas",

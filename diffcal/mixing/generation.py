@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffcal.core.rng import item_generator
 from diffcal.diffusion.denoisers import Denoiser
-from diffcal.diffusion.samplers import SamplerConfig, sample
+from diffcal.diffusion.samplers import OnStep, SamplerConfig, sample
 from diffcal.errors import ConfigError, NumericalError
 from diffcal.mixing.conditions import ConditionConfig, mixed_denoiser
 from diffcal.mixing.plan import MixPlan
@@ -45,7 +45,12 @@ def fixed_rows(sample_shape: tuple[int, ...]) -> int:
 
 
 def generate_images(
-    denoiser: Denoiser, plan: MixPlan, items: range, config: GenerationConfig
+    denoiser: Denoiser,
+    plan: MixPlan,
+    items: range,
+    config: GenerationConfig,
+    *,
+    on_step: OnStep | None = None,
 ) -> Iterator[tuple[range, UInt8[ndarray, "b h w c"]]]:
     """Images of consecutive items, a batch at a time; item ``group * members + member``.
 
@@ -58,6 +63,7 @@ def generate_images(
         plan: Made for the denoiser's class names.
         items: Which items.
         config: Conditions, sampler, batch size.
+        on_step: See :func:`~diffcal.diffusion.samplers.sample`; padded rows come last.
 
     Yields:
         (items of the batch, images). Pixels are uint8.
@@ -76,7 +82,7 @@ def generate_images(
         height = max(8, 1 << (len(batch) - 1).bit_length()) if pad else len(batch)
         rows = [*batch, *([batch[-1]] * (height - len(batch)))]
         try:
-            images = _draw(denoiser, plan, rows, config, device)
+            images = _draw(denoiser, plan, rows, config, device, on_step)
         except NumericalError as error:
             first, last = (item // plan.config.members for item in (batch[0], batch[-1]))
             raise NumericalError(f"groups {first} to {last}: {error}") from error
@@ -89,6 +95,7 @@ def _draw(
     rows: Sequence[int],
     config: GenerationConfig,
     device: torch.device,
+    on_step: OnStep | None,
 ) -> UInt8[Tensor, "b h w c"]:
     members = plan.config.members
     groups = {item // members: plan[item // members] for item in rows}
@@ -108,6 +115,7 @@ def _draw(
         condition,
         config.sampler,
         churn_noise=_ChurnNoise(plan.seed, list(groups), denoiser.sample_shape, place),
+        on_step=on_step,
     )
     with torch.no_grad():
         return denoiser.decode(x.float())

@@ -12,9 +12,18 @@ from diffcal.attribution.presets import PRESETS
 from diffcal.attribution.score_config import ScoreConfig
 from diffcal.config import build_config
 from diffcal.errors import ConfigError
+from diffcal.mixing.encoding import EncoderConfig
 from diffcal.workflows.generate import ModelConfig
 
-__all__ = ["METHODS", "DasConfig", "StoreConfig", "TrainingImages", "das_config"]
+__all__ = [
+    "INDEX_METHODS",
+    "METHODS",
+    "DasConfig",
+    "StoreConfig",
+    "TrainingImages",
+    "das_config",
+    "method_settings",
+]
 
 METHODS = tuple(
     name
@@ -23,6 +32,10 @@ METHODS = tuple(
     and preset["queries"] == "images"
 )
 """Methods of one model's gradients: ``das`` (the default), ``das-official``, ``dtrak``, ``trak`` ..."""
+
+INDEX_METHODS = tuple(name for name, preset in PRESETS.items() if "scores" in preset)
+"""Everything that can be indexed and scored: also gradients of several checkpoints (``tracincp``,
+``gas``), of sampling paths (``journey-trak``), and pixels and embeddings in place of gradients."""
 
 SETUPS = Path(__file__).parent / "presets"
 
@@ -58,22 +71,67 @@ class DasConfig:
     """Everything that decides an index, and how its scores are computed unless told otherwise."""
 
     method: str = "das"
-    """Where features and scores started from; they say what is done."""
+    """Where features and scores started from; they say what is done. Pixel and encoder methods take
+    embeddings of the images in place of gradients."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    models: tuple[str, ...] = ()
+    """Several models whose scores are averaged, in place of ``model.source``: trainings with other
+    seeds (TRAK's ensembles), or checkpoints of one training (TracInCP, GAS)."""
     data: TrainingImages = field(default_factory=TrainingImages)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Of the methods ``encoder-dot`` and ``encoder-cosine``; CLIP is kind ``transformers``."""
     gradients: GradientMethod = "fused"
     """``fused``, ``vmap`` or ``loop``: the same numbers at different cost."""
     batch_rows: int = 64
     """(Image, timestep) pairs that pass through the network at once."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"unknown method '{self.method}': use {', '.join(METHODS)}")
+        if self.method not in INDEX_METHODS:
+            raise ConfigError(f"unknown method '{self.method}': use {', '.join(INDEX_METHODS)}")
+        if len(set(self.models)) < len(self.models):
+            raise ConfigError(f"models names one model twice: {', '.join(self.models)}")
+        if self.inputs != "gradients" and (self.models or self.scores.method == "kernel"):
+            raise ConfigError(
+                f"'{self.method}' compares images: it has one model and scores.method dot or cosine"
+            )
         if self.batch_rows < 1:
             raise ConfigError(f"batch_rows must be at least 1, got {self.batch_rows}")
+
+    @property
+    def inputs(self) -> str:
+        """What rows are made of: ``gradients``, ``pixels`` or ``encoder`` embeddings."""
+        return str(PRESETS[self.method]["inputs"])
+
+    @property
+    def checkpoints(self) -> tuple[float, ...]:
+        """Shares of the training at which the method wants the model."""
+        return tuple(PRESETS[self.method].get("checkpoints", (1.0,)))
+
+    @property
+    def queries_from(self) -> str:
+        """What query features are made of: ``images`` or the ``sampling-path`` that led to them."""
+        return str(PRESETS[self.method].get("queries", "images"))
+
+
+def method_settings(method: str, shared: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``method``, ``features`` and ``scores`` of a preset, as values of :class:`DasConfig`.
+
+    Args:
+        shared: Settings of the features in place of the preset's own, as ``{"timesteps": 10,
+            "projection": {"dim": 2048}}``.
+    """
+    preset = PRESETS[method]
+    values: dict[str, Any] = {"method": method, "scores": preset["scores"]}
+    if "features" in preset:
+        mine, given = preset["features"], dict(shared or {})
+        projection = {**mine["projection"], **given.pop("projection", {})}
+        if projection["kind"] not in ("gaussian", "rademacher"):
+            projection.pop("unit_variance", None)
+        values["features"] = {**mine, **given, "projection": projection}
+    return values
 
 
 def das_config(
@@ -93,28 +151,24 @@ def das_config(
         ConfigError: unknown preset, method or setting.
     """
     base: dict[str, Any] = {}
-    if preset in METHODS:
+    if preset in INDEX_METHODS:
         base = {"method": preset}
     elif preset is not None:
         path = SETUPS / f"das-{preset}.toml"
         if not path.exists():
             known = sorted(p.stem.removeprefix("das-") for p in SETUPS.glob("das-*.toml"))
-            raise ConfigError(f"unknown preset '{preset}'; known: {', '.join([*METHODS, *known])}")
+            raise ConfigError(
+                f"unknown preset '{preset}'; known: {', '.join([*INDEX_METHODS, *known])}"
+            )
         base = tomllib.loads(path.read_text("utf-8"))
     method = _method(base, file, overrides)
-    start = PRESETS[method]
-    features = {**start["features"], **base.get("features", {})}
-    if "projection" in base.get("features", {}):
-        features["projection"] = {
-            **start["features"]["projection"],
-            **base["features"]["projection"],
-        }
+    start = method_settings(method, base.get("features"))
     scores = {**start["scores"], **base.get("scores", {})}
     return build_config(
         DasConfig,
         file,
         overrides,
-        {**base, "method": method, "features": features, "scores": scores},
+        {**base, **start, "scores": scores},
     )
 
 
@@ -128,6 +182,6 @@ def _method(base: Mapping[str, Any], file: Path | None, overrides: Sequence[str]
         key, _, value = override.partition("=")
         if key.strip() == "method":
             method = value.strip().strip("\"'")
-    if method not in METHODS:
-        raise ConfigError(f"unknown method '{method}': use {', '.join(METHODS)}")
+    if method not in INDEX_METHODS:
+        raise ConfigError(f"unknown method '{method}': use {', '.join(INDEX_METHODS)}")
     return str(method)

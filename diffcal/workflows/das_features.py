@@ -1,18 +1,114 @@
 """Attribution features of conditioned images, written shard by shard by any number of processes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from diffcal.attribution.feature_shards import ShardRange, shard_ranges
 from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.featurise import Featuriser
 from diffcal.core.progress import progress_bar
+from diffcal.core.tensors import require_finite
+from diffcal.diffusion.denoisers import Denoiser
+from diffcal.mixing.encoding import EncoderConfig, build_encoder
+from diffcal.models.encoders import FeatureEncoder
 from diffcal.workflows.das_config import DasConfig, StoreConfig
 from diffcal.workflows.das_images import ConditionedImages
 
-__all__ = ["feature_spec", "make_featuriser", "write_features"]
+__all__ = [
+    "EmbeddingRows",
+    "GradientRows",
+    "ImageRows",
+    "feature_spec",
+    "make_featuriser",
+    "make_rows",
+    "write_features",
+]
+
+EMBEDDED_AT_ONCE = 128
+
+Columns = dict[str, Float[Tensor, "n ..."]]
+
+
+@runtime_checkable
+class ImageRows(Protocol):
+    """What makes feature rows of conditioned images."""
+
+    at_once: int
+    """Images of one call: results may depend on it by rounding, so that it is fixed."""
+
+    @property
+    def dim(self) -> int:
+        """Entries of a row."""
+        ...
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Everything that decides a row besides the image, as plain values."""
+        ...
+
+    def rows(
+        self, images: ConditionedImages, positions: range, role: str
+    ) -> tuple[Float[Tensor, "n k"], Columns]:
+        """Rows of the images at ``positions`` and further columns, on the CPU."""
+        ...
+
+
+class GradientRows:
+    """Gradients of the model at the images; the error of each timestep is column ``error``."""
+
+    def __init__(self, featuriser: Featuriser) -> None:
+        self.featuriser = featuriser
+        # Whole images to each call, about as many rows as the network takes at once: that bounds what
+        # is held beside the shard, and batches do not depend on where an earlier run was killed.
+        self.at_once = max(1, featuriser.batch_rows // len(featuriser.levels.timesteps))
+
+    @property
+    def dim(self) -> int:
+        """Entries of a projected gradient."""
+        return self.featuriser.dim
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """See :attr:`diffcal.attribution.featurise.Featuriser.spec`."""
+        return self.featuriser.spec
+
+    def rows(
+        self, images: ConditionedImages, positions: range, role: str
+    ) -> tuple[Float[Tensor, "n k"], Columns]:
+        """See :class:`ImageRows`."""
+        denoiser = self.featuriser.denoiser
+        clean = denoiser.encode(images.images(positions))
+        condition = images.condition(denoiser, positions)
+        features = self.featuriser(clean, positions, condition, role=role)
+        return features.vectors.cpu(), {"error": features.errors.cpu()}
+
+
+class EmbeddingRows:
+    """Pixels or embeddings of an encoder: what the likeness baselines compare."""
+
+    def __init__(self, encoder: FeatureEncoder) -> None:
+        self.encoder, self.at_once = encoder, EMBEDDED_AT_ONCE
+
+    @property
+    def dim(self) -> int:
+        """Entries of an embedding."""
+        return self.encoder.dim
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Name and version of the encoder."""
+        return {"encoder": {"name": self.encoder.name, "version": self.encoder.version}}
+
+    def rows(
+        self, images: ConditionedImages, positions: range, role: str
+    ) -> tuple[Float[Tensor, "n k"], Columns]:
+        """See :class:`ImageRows`."""
+        found = self.encoder.encode(images.images(positions)).float().cpu()
+        return require_finite(found, f"'{self.encoder.name}' embeddings"), {}
 
 
 def make_featuriser(config: DasConfig, denoiser: Any) -> Featuriser:
@@ -22,10 +118,26 @@ def make_featuriser(config: DasConfig, denoiser: Any) -> Featuriser:
     )
 
 
-def feature_spec(featuriser: Featuriser, images: ConditionedImages) -> dict[str, Any]:
+def make_rows(
+    config: DasConfig, denoiser: Denoiser, image_shape: tuple[int, int, int], device: str = "auto"
+) -> ImageRows:
+    """What ``config.method`` makes rows of: gradients, pixels or embeddings.
+
+    Raises:
+        ConfigError: settings that the model or the images do not have.
+    """
+    if config.inputs == "gradients":
+        return GradientRows(make_featuriser(config, denoiser))
+    encoder = EncoderConfig(kind="pixels") if config.inputs == "pixels" else config.encoder
+    return EmbeddingRows(
+        build_encoder(encoder, denoiser=denoiser, image_shape=image_shape, device=device)
+    )
+
+
+def feature_spec(rows: ImageRows | Featuriser, images: ConditionedImages) -> dict[str, Any]:
     """What decides the bytes of a store: model, gradients, projection, images and conditions."""
     return {
-        **featuriser.spec,
+        **rows.spec,
         "images": {
             "fingerprint": images.fingerprint,
             "first_row": images.rows.start,
@@ -35,7 +147,7 @@ def feature_spec(featuriser: Featuriser, images: ConditionedImages) -> dict[str,
 
 
 def write_features(
-    featuriser: Featuriser,
+    rows: ImageRows | Featuriser,
     images: ConditionedImages,
     folder: Path,
     store: StoreConfig,
@@ -47,9 +159,10 @@ def write_features(
     """Write what the store in ``folder`` lacks; the finished store, and images made by this process.
 
     Of ``W`` processes, process ``w`` makes shards ``s`` with ``s % W == w``, and all wait for each
-    other. The error of each timestep is kept as column ``error`` ``[n, t]``.
+    other.
 
     Args:
+        rows: What makes them; a featuriser stands for its :class:`GradientRows`.
         state: The ``PartialState`` of accelerate.
         role: ``train`` or ``query``; see :class:`~diffcal.attribution.featurise.Featuriser`.
         title: Of the progress bar.
@@ -59,8 +172,10 @@ def write_features(
             damaged shard.
         NumericalError: a gradient with NaN or infinity; shards written before stay.
     """
+    if isinstance(rows, Featuriser):
+        rows = GradientRows(rows)
     target = FeatureStore.create(
-        folder, spec=feature_spec(featuriser, images), dim=featuriser.dim, dtype=store.dtype
+        folder, spec=feature_spec(rows, images), dim=rows.dim, dtype=store.dtype
     )
     own = shard_ranges(
         len(images), store.shard_rows, process=state.process_index, processes=state.num_processes
@@ -70,30 +185,28 @@ def write_features(
     made = sum(part.stop - part.start for part in missing)
     with progress_bar(total, title, unit="image", initial=total - made) as bar:
         for part in missing:
-            _write_shard(featuriser, images, target, part, role, bar)
+            _write_shard(rows, images, target, part, role, bar)
     state.wait_for_everyone()
     return FeatureStore.open(folder), made
 
 
 def _write_shard(
-    featuriser: Featuriser,
+    rows: ImageRows,
     images: ConditionedImages,
     target: FeatureStore,
     part: ShardRange,
     role: str,
     bar: Any,
 ) -> None:
-    # Whole images to each call, about as many rows as the network takes at once: that bounds what is
-    # held beside the shard, and batches do not depend on where an earlier run was killed.
-    step = max(1, featuriser.batch_rows // len(featuriser.levels.timesteps))
-    vectors, errors = [], []
-    for start in range(part.start, part.stop, step):
-        positions = range(start, min(start + step, part.stop))
-        clean = featuriser.denoiser.encode(images.images(positions))
-        condition = images.condition(featuriser.denoiser, positions)
-        features = featuriser(clean, positions, condition, role=role)
-        vectors.append(features.vectors.cpu())
-        errors.append(features.errors.cpu())
+    vectors: list[Tensor] = []
+    columns: dict[str, list[Tensor]] = {}
+    for start in range(part.start, part.stop, rows.at_once):
+        positions = range(start, min(start + rows.at_once, part.stop))
+        found, further = rows.rows(images, positions, role)
+        vectors.append(found)
+        for name, column in further.items():
+            columns.setdefault(name, []).append(column)
         bar.update(len(positions))
     ids = images.ids[part.start : part.stop]
-    target.write(part.index, ids, torch.cat(vectors), {"error": torch.cat(errors)})
+    joined = {name: torch.cat(parts) for name, parts in columns.items()}
+    target.write(part.index, ids, torch.cat(vectors), joined)

@@ -3,7 +3,7 @@
 import logging
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,34 @@ import torch
 
 from diffcal import __version__
 from diffcal.attribution.feature_store import FeatureStore
-from diffcal.attribution.featurise import Featuriser
 from diffcal.attribution.kernel import Kernel, fit_kernel, load_kernel
 from diffcal.config import config_from_dict, config_to_dict
 from diffcal.core.devices import one_thread
-from diffcal.core.runs import claim_folder, read_json, sha256_file, write_json
+from diffcal.core.runs import claim_folder, fingerprint, read_json, sha256_file, write_json
+from diffcal.data.sources import open_images
 from diffcal.diffusion.denoisers import Denoiser
-from diffcal.errors import ArtifactError
+from diffcal.errors import ArtifactError, ConfigError
+from diffcal.workflows.das_checkpoints import models_of
 from diffcal.workflows.das_config import DasConfig
-from diffcal.workflows.das_features import feature_spec, make_featuriser, write_features
+from diffcal.workflows.das_features import (
+    GradientRows,
+    ImageRows,
+    feature_spec,
+    make_rows,
+    write_features,
+)
 from diffcal.workflows.das_images import ConditionedImages, open_training_images
 from diffcal.workflows.generate import open_model
 
-__all__ = ["FORMAT", "AttributionIndex", "build_index"]
+__all__ = [
+    "FORMAT",
+    "AttributionIndex",
+    "build_index",
+    "fitted_kernel",
+    "index_fingerprint",
+    "open_index",
+    "read_manifest_of_index",
+]
 
 FORMAT = "diffcal-attribution/1"
 
@@ -45,6 +60,9 @@ def build_index(
     and started again it ends in the same bytes, and several processes of an ``accelerate launch``
     write the same bytes on a CPU as one. Memory holds one shard and the kernel.
 
+    An index of several models (``config.models``, or the checkpoints that ``tracincp`` and ``gas``
+    compare) holds one such folder for each in ``models/``.
+
     Args:
         config: Model, images, gradients, projection.
         out: Folder of the index.
@@ -65,29 +83,67 @@ def build_index(
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
+    models = models_of(config)
+    if denoiser is not None and len(models) > 1:
+        raise ConfigError(f"one denoiser was given for an index of {len(models)} models")
+    if len(models) == 1:
+        config = replace(config, model=models[0], models=())
+        return _build(config, out, state, denoiser, device=device, overwrite=overwrite)
+    if state.is_main_process:
+        claim_folder(out, {"format": FORMAT, "models": len(models)}, overwrite=overwrite)
+    state.wait_for_everyone()
+    parts = [f"models/{at:02d}" for at in range(len(models))]
+    found = []
+    for model, part in zip(models, parts, strict=True):
+        one = replace(config, model=model, models=())
+        found.append(_build(one, out / part, state, None, device=device, overwrite=overwrite))
+    if state.is_main_process:
+        _write_group_manifest(out, config, parts)
+    state.wait_for_everyone()
+    return {
+        **found[-1],
+        "models": len(models),
+        "featurised_now": sum(one["featurised_now"] for one in found),
+        "seconds": round(sum(one["seconds"] for one in found), 1),
+        "folder": str(out),
+    }
+
+
+def _build(
+    config: DasConfig,
+    out: Path,
+    state: Any,
+    denoiser: Denoiser | None,
+    *,
+    device: str,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Index of one model."""
     where = str(state.device) if device == "auto" else device
     denoiser = denoiser or open_model(config.model, where)
     started = time.monotonic()
     images = open_training_images(config.data, denoiser)
-    featuriser = make_featuriser(config, denoiser)
+    rows = make_rows(config, denoiser, images.source.image_shape, where)
     if state.is_main_process:
         claim = {"format": FORMAT, "store": config_to_dict(config.store)}
-        claim_folder(out, claim | feature_spec(featuriser, images), overwrite=overwrite)
+        claim_folder(out, claim | feature_spec(rows, images), overwrite=overwrite)
     state.wait_for_everyone()
     store, made = write_features(
-        featuriser, images, out / "features", config.store, state, role="train", title="das index"
+        rows, images, out / "features", config.store, state, role="train", title="das index"
     )
     if state.is_main_process:
         kernel = None
         if config.scores.method == "kernel":
-            kernel = _fitted(out / "kernel.safetensors", store, where)
+            kernel = fitted_kernel(out / "kernel.safetensors", store, where)
         _write_manifest(out, config, store, kernel, images)
     state.wait_for_everyone()
-    return {
-        "images": len(images),
-        "dimensions": featuriser.dim,
-        "parameters": featuriser.gradients.layout.size,
-        "timesteps": list(featuriser.levels.timesteps),
+    summary: dict[str, Any] = {"images": len(images), "dimensions": rows.dim}
+    if isinstance(rows, GradientRows):
+        summary |= {
+            "parameters": rows.featuriser.gradients.layout.size,
+            "timesteps": list(rows.featuriser.levels.timesteps),
+        }
+    return summary | {
         "processes": state.num_processes,
         "featurised_now": made,
         "seconds": round(time.monotonic() - started, 1),
@@ -97,14 +153,15 @@ def build_index(
 
 @dataclass(frozen=True)
 class AttributionIndex:
-    """A finished index: the model and the images that it was made of, its features and kernel."""
+    """A finished index of one model: that model, the images, their features and kernel."""
 
     folder: Path
     config: DasConfig
     """With the places where model and images were found."""
     store: FeatureStore
     denoiser: Denoiser
-    featuriser: Featuriser
+    rows: ImageRows
+    """What made the features, for the queries'."""
     training: ConditionedImages
 
     @classmethod
@@ -128,6 +185,10 @@ class AttributionIndex:
                 (what differs is named).
         """
         manifest = read_manifest_of_index(folder)
+        if "models" in manifest:
+            raise ArtifactError(
+                f"'{folder}' is an index of {len(manifest['models'])} models; open_index opens it"
+            )
         values = manifest["config"]
         if model is not None:
             values["model"]["source"] = model
@@ -137,12 +198,18 @@ class AttributionIndex:
         denoiser = denoiser or open_model(config.model, device)
         store = FeatureStore.open(folder / "features")
         store.verify()
-        featuriser = make_featuriser(config, denoiser)
-        store.require_spec({**featuriser.spec, "images": store.spec["images"]})
+        source = open_images(
+            config.data.name,
+            image_column=config.data.image_column,
+            label_column=config.data.label_column,
+        )
+        rows = make_rows(config, denoiser, source.image_shape, device)
+        # The model first: images of other classes would be refused before it is compared.
+        store.require_spec({**rows.spec, "images": store.spec["images"]})
         training = open_training_images(config.data, denoiser)
-        store.require_spec(feature_spec(featuriser, training))
+        store.require_spec(feature_spec(rows, training))
         store.require_ids(training.ids)
-        return cls(folder, config, store, denoiser, featuriser, training)
+        return cls(folder, config, store, denoiser, rows, training)
 
     @property
     def fingerprint(self) -> str:
@@ -151,7 +218,44 @@ class AttributionIndex:
 
     def kernel(self, device: str = "cpu") -> Kernel:
         """The kernel, fitted now if the index was made for a method without one."""
-        return _fitted(self.folder / "kernel.safetensors", self.store, device)
+        return fitted_kernel(self.folder / "kernel.safetensors", self.store, device)
+
+
+def open_index(
+    folder: Path,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    denoiser: Denoiser | None = None,
+    device: str = "auto",
+) -> list[AttributionIndex]:
+    """The index of every model of a finished index, the fully trained model last.
+
+    Args: as of :meth:`AttributionIndex.open`; ``model`` and ``denoiser`` for an index of one model.
+
+    Raises:
+        ConfigError: one model was given for an index of several.
+        ArtifactError: see :meth:`AttributionIndex.open`.
+    """
+    manifest = read_manifest_of_index(folder)
+    parts = manifest.get("models")
+    if parts is None:
+        opened = AttributionIndex.open(
+            folder, model=model, data=data, denoiser=denoiser, device=device
+        )
+        return [opened]
+    if model is not None or denoiser is not None:
+        raise ConfigError(
+            f"'{folder}' is an index of {len(parts)} models; they must lie where it found them"
+        )
+    return [AttributionIndex.open(folder / part, data=data, device=device) for part in parts]
+
+
+def index_fingerprint(models: list[AttributionIndex]) -> str:
+    """Hash of all features of all models."""
+    if len(models) == 1:
+        return models[0].fingerprint
+    return fingerprint([one.fingerprint for one in models])
 
 
 def read_manifest_of_index(folder: Path) -> dict[str, Any]:
@@ -174,7 +278,7 @@ def read_manifest_of_index(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _fitted(path: Path, store: FeatureStore, device: str) -> Kernel:
+def fitted_kernel(path: Path, store: FeatureStore, device: str) -> Kernel:
     """The kernel at ``path``, fitted and written there if it is missing or of other features."""
     note = path.with_suffix(".json")
     if path.exists() and note.exists():
@@ -189,6 +293,18 @@ def _fitted(path: Path, store: FeatureStore, device: str) -> Kernel:
     kernel.save(path)
     write_json(note, {"features": store.fingerprint, "sha256": sha256_file(path)})
     return kernel
+
+
+def _write_group_manifest(out: Path, config: DasConfig, parts: list[str]) -> None:
+    manifests = [read_manifest_of_index(out / part) for part in parts]
+    manifest = {
+        "format": FORMAT,
+        "config": config_to_dict(config),
+        "models": parts,
+        "features": [one["features"] for one in manifests],
+        **{name: manifests[-1][name] for name in ("images", "classes", "versions")},
+    }
+    write_json(out / "manifest.json", manifest)
 
 
 def _write_manifest(

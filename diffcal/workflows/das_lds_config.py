@@ -8,7 +8,7 @@ from diffcal.config import config_from_dict
 from diffcal.diffusion.samplers import SamplerConfig
 from diffcal.diffusion.training import OptimizerConfig
 from diffcal.errors import ConfigError
-from diffcal.workflows.das_config import METHODS, DasConfig, TrainingImages
+from diffcal.workflows.das_config import METHODS, DasConfig, TrainingImages, method_settings
 from diffcal.workflows.train_diffusion import NetworkConfig, TrainDiffusionConfig
 
 __all__ = ["LIKENESS", "LdsConfig", "LdsQueries", "LossConfig", "SubsetConfig"]
@@ -101,15 +101,7 @@ class LdsConfig:
 
     def index_config(self, method: str) -> DasConfig:
         """What is featurised for ``method``."""
-        preset = PRESETS[method]
-        features = {**preset["features"], **self.features}
-        features["projection"] = {
-            **preset["features"]["projection"],
-            **self.features.get("projection", {}),
-        }
-        if features["projection"]["kind"] not in ("gaussian", "rademacher"):
-            features["projection"].pop("unit_variance", None)
-        values = {"method": method, "features": features, "scores": preset["scores"]}
+        values = method_settings(method, self.features)
         return config_from_dict(DasConfig, {**values, "data": self.data})
 
     def training_config(self, seed: int) -> TrainDiffusionConfig:

@@ -19,11 +19,12 @@ class Likeness:
     """Cosines of embeddings after the mean training embedding is taken away.
 
     Without that, images that share a background are all alike: cosines of raw digits lie near 1. The
-    embeddings of one block of training images are in memory at a time.
+    embeddings of one block of training images are in memory at a time. Several sets of queries are
+    taken as one.
     """
 
     def __init__(
-        self, encoder: FeatureEncoder, training: ConditionedImages, queries: ConditionedImages
+        self, encoder: FeatureEncoder, training: ConditionedImages, *queries: ConditionedImages
     ) -> None:
         self.encoder, self.training = encoder, training
         total, count = torch.zeros(()), len(training)
@@ -32,8 +33,9 @@ class Likeness:
             total = total + part.double().sum(dim=0)
         self.centre = (total / count).float()
         parts = [
-            self._encode(queries, range(start, min(start + BATCH, len(queries))))
-            for start in range(0, len(queries), BATCH)
+            self._encode(images, range(start, min(start + BATCH, len(images))))
+            for images in queries
+            for start in range(0, len(images), BATCH)
         ]
         self.queries = _unit(torch.cat(parts) - self.centre)
 

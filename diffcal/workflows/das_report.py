@@ -10,12 +10,15 @@ from diffcal.data.images import encode_png
 from diffcal.data.sources import open_images
 from diffcal.errors import ArtifactError, ConfigError
 from diffcal.workflows import html
+from diffcal.workflows.das_groups import group_section, stored_shares
+from diffcal.workflows.das_held_out import copy_section
 
 __all__ = [
     "Explanation",
     "explain_scores",
     "explanation_blocks",
     "load_explanations",
+    "manifest_of_scores",
     "near_copies",
 ]
 
@@ -49,6 +52,8 @@ def explain_scores(
     top: int = 10,
     out: Path | None = None,
     data: str | None = None,
+    groups: Sequence[str] = (),
+    royalties: float | None = None,
 ) -> dict[str, Any]:
     """Write a page that shows queries, what they owe themselves to, and what merely resembles them.
 
@@ -58,15 +63,21 @@ def explain_scores(
         top: Training images to show for each.
         out: File to write; ``SCORES/gallery.html`` if None.
         data: Where the training images are now, if they moved.
+        groups: Further columns of the training images by which to share attribution out. Those that
+            were not scored are computed from the stored features, without any gradients.
+        royalties: An amount to divide in proportion to the shares.
 
     Returns:
-        ``gallery`` (file), ``queries`` (shown).
+        ``gallery`` (file), ``queries`` (shown) and, if asked for, ``groups`` (shares by column).
 
     Raises:
-        ArtifactError: no finished scores there, or damaged.
-        ConfigError: a query that was not scored.
+        ArtifactError: no finished scores there, or damaged; the index behind them is gone.
+        ConfigError: a query that was not scored, an amount that is not positive.
+        DataError: a column that the training images do not have.
     """
-    manifest = _manifest(scores)
+    if royalties is not None and not 0 < royalties < float("inf"):
+        raise ConfigError(f"royalties must be a positive amount, got {royalties}")
+    manifest = manifest_of_scores(scores)
     explanations = load_explanations(scores, queries, top=top, data=data)
     config = manifest["config"]["scores"]
     page = html.Page(
@@ -76,11 +87,30 @@ def explain_scores(
     )
     page.section("How to read this", *_reading(manifest))
     page.section("Queries", *(b for item in explanations for b in explanation_blocks(item)))
+    if manifest["copies"] is not None:
+        page.section(
+            "Beyond chance", *copy_section(manifest["copies"], _count(scores / "queries.parquet"))
+        )
     page.section("Near copies", *near_copies(scores))
-    page.section("Shares of the classes", *_classes(manifest))
+    shares = dict(manifest["groups"])
+    for column in groups:
+        if column not in shares:
+            shares[column] = stored_shares(manifest, column, data)
+    amount = manifest["config"]["royalties"] if royalties is None else royalties
+    for column, records in shares.items():
+        page.section(f"Shares by {column}", *group_section(column, records, amount))
     path = out or scores / "gallery.html"
     page.write(path)
-    return {"gallery": str(path), "queries": len(explanations)}
+    summary: dict[str, Any] = {"gallery": str(path), "queries": len(explanations)}
+    if groups:
+        summary["groups"] = {
+            column: {
+                record["name"]: round(record["share"] * (amount or 1), 4)
+                for record in shares[column]
+            }
+            for column in groups
+        }
+    return summary
 
 
 def load_explanations(
@@ -89,7 +119,7 @@ def load_explanations(
     """Queries with images and words, from finished scores; see :func:`explain_scores`."""
     import pyarrow.parquet as pq
 
-    manifest = _manifest(scores)
+    manifest = manifest_of_scores(scores)
     for name, digest in manifest["files"].items():
         path = scores / name
         if not path.is_file() or sha256_file(path) != digest:
@@ -212,6 +242,9 @@ def near_copies(scores: Path, count: int = COPIES) -> list[str | html.Html]:
         "likeness",
         "isolation",
     ]
+    judged = bool(rows) and "memorised" in rows[0]
+    if judged:
+        header += ["flags", "chance"]
     cells = [
         [
             str(row["query"]),
@@ -221,35 +254,33 @@ def near_copies(scores: Path, count: int = COPIES) -> list[str | html.Html]:
             str(row["nearest"]),
             row["likeness"],
             row["isolation"],
+            *([_flags(row), row["copy_chance"]] if judged else []),
         ]
         for row in rows[:count]
     ]
     return [
         "The copy score of a query is the largest product of attribution share and likeness over "
         "training images: near 1 only if one image dominates the query and resembles it. Isolation is "
-        "how much nearer the nearest image is than the ones that follow it.",
+        "how much nearer the nearest image is than the ones that follow it."
+        + (
+            " Flags say what is beyond held-out images; chance is the part of them whose copy score "
+            "comes as far."
+            if judged
+            else ""
+        ),
         html.table(header, cells),
     ]
 
 
-def _classes(manifest: dict[str, Any]) -> list[str | html.Html]:
-    rows = [
-        [
-            group["name"],
-            html.Number(
-                group["share"],
-                _percent(group["share"]),
-                f"{_percent(group['low'])} to {_percent(group['high'])}",
-            ),
-            group["lift"],
-        ]
-        for group in sorted(manifest["classes"], key=lambda group: -group["share"])
-    ]
-    return [
-        "Share of all attribution that goes to training images of each class, with a 95 % interval "
-        "over queries; lift is the share divided by the class's part of the training set.",
-        html.table(["class", "share", "lift"], rows),
-    ]
+def _flags(row: dict[str, Any]) -> str:
+    named = ("near_copy", "dominated", "memorised")
+    return ", ".join(name.replace("_", " ") for name in named if row[name]) or "none"
+
+
+def _count(table: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(table).metadata.num_rows
 
 
 class _Pictures:
@@ -296,7 +327,12 @@ def _query_pictures(queries: dict[str, Any]) -> Any:
     return picture
 
 
-def _manifest(scores: Path) -> dict[str, Any]:
+def manifest_of_scores(scores: Path) -> dict[str, Any]:
+    """Manifest of finished scores.
+
+    Raises:
+        ArtifactError: there are none, or of another kind.
+    """
     path = scores / "scores.json"
     if not path.exists():
         raise ArtifactError(f"'{scores}' holds no finished scores: run diffcal das score")

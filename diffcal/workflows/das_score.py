@@ -1,50 +1,33 @@
 """``diffcal das score``: which training images matter for each query, how much, and for what reason."""
 
-import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from diffcal.attribution.groups import GroupShares, group_shares
-from diffcal.attribution.memorisation import MemorisationReport, memorisation_report
-from diffcal.attribution.score_config import ScoreConfig, score_features
-from diffcal.attribution.scores import ScoreBlock
-from diffcal.attribution.topk import TopScores
+from diffcal.attribution.ensemble import ScoredModel
+from diffcal.attribution.feature_store import FeatureStore
+from diffcal.attribution.score_config import ScoreConfig
 from diffcal.config import config_to_dict
-from diffcal.core.devices import one_thread
-from diffcal.core.runs import claim_folder, sha256_file, write_atomic, write_json
+from diffcal.core.runs import claim_folder
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ConfigError
 from diffcal.mixing.encoding import EncoderConfig, build_encoder
 from diffcal.workflows.das_config import StoreConfig
-from diffcal.workflows.das_features import write_features
+from diffcal.workflows.das_features import ImageRows, write_features
+from diffcal.workflows.das_groups import CLASS, group_labels
+from diffcal.workflows.das_held_out import open_held_out
 from diffcal.workflows.das_images import ConditionedImages, open_queries
-from diffcal.workflows.das_index import AttributionIndex
+from diffcal.workflows.das_index import AttributionIndex, index_fingerprint, open_index
 from diffcal.workflows.das_likeness import Likeness
+from diffcal.workflows.das_path import path_rows
+from diffcal.workflows.das_queries import HeldOut, QueryConfig
+from diffcal.workflows.das_score_pass import Found, search
+from diffcal.workflows.das_score_tables import FORMAT, headline, write_scores
 
-__all__ = ["FORMAT", "QueryConfig", "ScoreRunConfig", "score_queries"]
-
-FORMAT = "diffcal-scores/1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueryConfig:
-    """Which images to explain; see :func:`~diffcal.workflows.das_images.open_queries`."""
-
-    name: str = ""
-    first_row: int = 0
-    rows: int | None = None
-    stride: int = 1
-    """Take every so many rows."""
-    unconditional: bool = False
-    """Take gradients through the branch without a class."""
-    image_column: str = "image"
-    label_column: str = "label"
+__all__ = ["FORMAT", "HeldOut", "QueryConfig", "ScoreRunConfig", "score_queries"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +45,12 @@ class ScoreRunConfig:
     """Likeness ranks against which a near copy stands out."""
     likeness: EncoderConfig = field(default_factory=lambda: EncoderConfig(kind="pixels"))
     """Embedding in which likeness is measured; pixels by default, as for copies."""
+    held_out: HeldOut | None = None
+    """Images that cannot be copies, against which copies are told."""
+    groups: tuple[str, ...] = ()
+    """Columns of the training images by which attribution is shared out, besides the class."""
+    royalties: float | None = None
+    """An amount to divide among the groups in proportion to their shares."""
 
     def __post_init__(self) -> None:
         for name in ("top", "nearest"):
@@ -69,20 +58,8 @@ class ScoreRunConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.background < 2:
             raise ConfigError(f"background must be at least 2, got {self.background}")
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Everything that one pass over the training images gives."""
-
-    top: TopScores
-    lowest: TopScores
-    nearest: TopScores
-    top_likeness: Tensor
-    total: Tensor
-    """Sum of absolute scores of each query."""
-    memorisation: MemorisationReport
-    groups: GroupShares
+        if self.royalties is not None and not 0 < self.royalties < float("inf"):
+            raise ConfigError(f"royalties must be a positive amount, got {self.royalties}")
 
 
 def score_queries(
@@ -106,9 +83,11 @@ def score_queries(
       ``score``, ``share`` (of the absolute scores of all training images), ``likeness`` (cosine);
     - ``nearest.parquet``: the nearest training images of each query, by likeness;
     - ``queries.parquet``: one row per query: effective number of contributors, share of the first,
-      likeness and isolation of the nearest, ``copy_score`` and the image it belongs to, and the shares
-      of each class of training images;
-    - ``scores.json``: settings, shares of the classes with intervals, hashes;
+      likeness and isolation of the nearest, ``copy_score`` and the image it belongs to, shares of each
+      group of training images and, with held-out images, ``near_copy``, ``dominated``, ``memorised``
+      and the chance that a held-out image comes as far;
+    - ``groups.parquet``: share, interval, lift and royalty of each group of training images;
+    - ``scores.json``: settings, the same shares, thresholds, hashes;
     - ``gallery.html``: the images, for reading.
 
     Args:
@@ -121,52 +100,67 @@ def score_queries(
 
     Returns:
         Summary: queries, training images, first contributors' mean share, effective contributors,
-        share of first contributors among the nearest, files.
+        share of first contributors among the nearest, flagged queries, files.
 
     Raises:
         ArtifactError: the index is unfinished or damaged, model or images are not those of the index,
             or ``out`` holds something else.
-        ConfigError, DataError: queries that the model cannot take.
+        ConfigError, DataError: queries that the model cannot take, held-out images that are training
+            images, or a column that is not there.
     """
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
     where = str(state.device) if device == "auto" else device
     started = time.monotonic()
-    opened = AttributionIndex.open(index, model=model, data=data, denoiser=denoiser, device=where)
-    queries = open_queries(
-        config.queries.name,
-        opened.denoiser,
-        first_row=config.queries.first_row,
-        rows=config.queries.rows,
-        stride=config.queries.stride,
-        unconditional=config.queries.unconditional,
-        image_column=config.queries.image_column,
-        label_column=config.queries.label_column,
-    )
-    config = replace(config, scores=config.scores or opened.config.scores)
+    models = open_index(index, model=model, data=data, denoiser=denoiser, device=where)
+    last = models[-1]
+    queries = _open(config.queries, last.denoiser)
+    held_out = None
+    if config.held_out is not None:
+        held_out = open_held_out(config.held_out, last.training, last.config.data, last.denoiser)
+    labels = {
+        column: group_labels(last.training.source, column, last.training.rows)
+        for column in dict.fromkeys((CLASS, *config.groups))
+    }
+    config = replace(config, scores=config.scores or last.config.scores)
     out = out or index / "scores"
     if state.is_main_process:
-        claim_folder(out, _claim(config, opened, queries), overwrite=overwrite)
+        claim_folder(out, _claim(config, models, queries, held_out), overwrite=overwrite)
     state.wait_for_everyone()
-    store, made = write_features(
-        opened.featuriser,
-        queries,
-        index / "queries" / queries.fingerprint[:16],
-        # Their rows are few: kept as they are.
-        StoreConfig(dtype="float32", shard_rows=opened.config.store.shard_rows),
-        state,
-        role="query",
-        title="das score",
-    )
-    found: _Found | None = None
+    stores: list[list[FeatureStore]] = []
+    made = 0
+    for one in models:
+        rows, name = _query_rows(config.queries, one, queries)
+        sets = [(rows, queries, name)]
+        if held_out is not None:
+            sets.append((one.rows, held_out, held_out.fingerprint[:16]))
+        stores.append([])
+        for maker, images, folder in sets:
+            store, count = write_features(
+                maker,
+                images,
+                one.folder / "queries" / folder,
+                # Their rows are few: kept as they are.
+                StoreConfig(dtype="float32", shard_rows=one.config.store.shard_rows),
+                state,
+                role="query",
+                title="das score",
+            )
+            stores[-1].append(store)
+            made += count
+    found: Found | None = None
     if state.is_main_process:
-        found = _search(config, opened, queries, store.rows(), where)
-        _write(out, config, opened, queries, found)
+        scored = [
+            _scored(config, one, parts, where) for one, parts in zip(models, stores, strict=True)
+        ]
+        found = _search(config, last, scored, queries, held_out, labels, where)
+        features = [str(parts[0].folder.relative_to(index)) for parts in stores]
+        write_scores(out, index, config, models, queries, held_out, found, features)
     state.wait_for_everyone()
     summary: dict[str, Any] = {
         "queries": len(queries),
-        "training_images": len(opened.training),
+        "training_images": len(last.training),
         "featurised_now": made,
         "seconds": round(time.monotonic() - started, 1),
         "folder": str(out),
@@ -174,169 +168,85 @@ def score_queries(
     if found is not None:
         from diffcal.workflows.das_report import explain_scores
 
-        summary |= _headline(found) | {"gallery": explain_scores(out)["gallery"]}
+        summary |= headline(config, found) | {"gallery": explain_scores(out)["gallery"]}
     return summary
 
 
+def _open(asked: QueryConfig, denoiser: Denoiser) -> ConditionedImages:
+    return open_queries(
+        asked.name,
+        denoiser,
+        first_row=asked.first_row,
+        rows=asked.rows,
+        stride=asked.stride,
+        unconditional=asked.unconditional,
+        image_column=asked.image_column,
+        label_column=asked.label_column,
+    )
+
+
+def _query_rows(
+    asked: QueryConfig, index: AttributionIndex, queries: ConditionedImages
+) -> tuple[ImageRows, str]:
+    """What makes the query features, and the folder they are kept in."""
+    source = index.config.queries_from if asked.features == "auto" else asked.features
+    name = queries.fingerprint[:16]
+    if source == "images":
+        return index.rows, name
+    rows = path_rows(index.config, index.denoiser, Path(asked.name), queries)
+    return rows, f"{name}-path"
+
+
+def _scored(
+    config: ScoreRunConfig, index: AttributionIndex, stores: list[FeatureStore], device: str
+) -> ScoredModel:
+    scores = config.scores or ScoreConfig()
+    return ScoredModel(
+        torch.cat([store.rows() for store in stores]),
+        index.store,
+        index.kernel(device) if scores.method == "kernel" else None,
+        None if scores.residual == "none" else index.store.column("error"),
+    )
+
+
 def _claim(
-    config: ScoreRunConfig, index: AttributionIndex, queries: ConditionedImages
+    config: ScoreRunConfig,
+    models: list[AttributionIndex],
+    queries: ConditionedImages,
+    held_out: ConditionedImages | None,
 ) -> dict[str, Any]:
     values = config_to_dict(config)
     # Where the images lie does not decide the scores; what they are does.
-    values["queries"] = queries.fingerprint
-    return {"format": FORMAT, **values, "index": index.fingerprint}
+    values["queries"] = [queries.fingerprint, config.queries.features]
+    values["held_out"] = None
+    if config.held_out is not None and held_out is not None:
+        values["held_out"] = [held_out.fingerprint, config.held_out.quantile]
+    return {"format": FORMAT, **values, "index": index_fingerprint(models)}
 
 
 def _search(
     config: ScoreRunConfig,
     index: AttributionIndex,
+    models: list[ScoredModel],
     queries: ConditionedImages,
-    features: Tensor,
+    held_out: ConditionedImages | None,
+    labels: dict[str, list[str]],
     device: str,
-) -> _Found:
-    scores = config.scores or ScoreConfig()
-    n = len(index.training)
+) -> Found:
     encoder = build_encoder(
         config.likeness,
         denoiser=index.denoiser,
         image_shape=index.training.source.image_shape,
         device=device,
     )
-    likeness = Likeness(encoder, index.training, queries)
-    kernel = index.kernel(device) if scores.method == "kernel" else None
-    errors = None if scores.residual == "none" else index.store.column("error")
-    top, lowest = TopScores(config.top), TopScores(config.nearest, largest=False)
-    nearest = TopScores(config.nearest)
-    totals: list[Tensor] = []
-
-    def scored() -> Iterator[ScoreBlock]:
-        # Negative scores matter as well: what is shared out is their size.
-        for start, values in score_features(
-            scores, features, index.store, kernel=kernel, errors=errors
-        ):
-            yield ScoreBlock(start, values.cpu())
-
-    def ranked() -> Iterator[ScoreBlock]:
-        for block in scored():
-            top.update(block)
-            lowest.update(block)
-            totals.append(block.values.double().abs().sum(dim=1))
-            yield ScoreBlock(block.start, block.values.abs())
-
-    def alike(blocks: Iterator[ScoreBlock]) -> Iterator[ScoreBlock]:
-        for start, values in blocks:
-            block = ScoreBlock(start, likeness.block(range(start, start + values.shape[1])))
-            nearest.update(block)
-            yield block
-
-    with one_thread():
-        # Both sides advance together, so that one block is held; the classes take a second pass,
-        # which costs little beside gradients.
-        sizes, twins = itertools.tee(ranked())
-        memorisation = memorisation_report(
-            sizes, alike(twins), top=1, neighbours=max(2, min(config.background, n))
-        )
-        groups = group_shares(scored(), index.training.groups, part="absolute")
-        chosen = top.index.unique()
-        column = torch.searchsorted(chosen, top.index)
-        top_likeness = likeness.block(chosen.tolist()).gather(1, column)
-    return _Found(
-        top, lowest, nearest, top_likeness, torch.stack(totals).sum(dim=0), memorisation, groups
+    sets = [queries] if held_out is None else [queries, held_out]
+    return search(
+        config.scores or ScoreConfig(),
+        models,
+        Likeness(encoder, index.training, *sets),
+        labels,
+        len(queries),
+        top=config.top,
+        nearest=config.nearest,
+        background=config.background,
     )
-
-
-def _write(
-    out: Path,
-    config: ScoreRunConfig,
-    index: AttributionIndex,
-    queries: ConditionedImages,
-    found: _Found,
-) -> None:
-    shares = found.top.values.double() / found.total[:, None]
-    scores = _ranked(queries, index, found.top, "score")
-    scores |= {
-        "share": shares.flatten().tolist(),
-        "likeness": found.top_likeness.flatten().tolist(),
-    }
-    tables: dict[str, dict[str, list[Any]]] = {
-        "scores": scores,
-        "nearest": _ranked(queries, index, found.nearest, "likeness"),
-    }
-    if config.scores is not None and config.scores.readout in ("signed", "signed_square"):
-        tables["lowest"] = _ranked(queries, index, found.lowest, "score")
-    report, ids = found.memorisation, index.training.ids
-    tables["queries"] = {
-        "query": list(queries.ids),
-        "caption": list(queries.captions),
-        "contributors": report.contributors.tolist(),
-        "dominance": report.dominance.tolist(),
-        "nearest": [ids[i] for i in report.nearest_index.tolist()],
-        "likeness": report.nearest.tolist(),
-        "isolation": report.isolation.tolist(),
-        "copy_score": report.copy_score.tolist(),
-        "copy_of": [ids[i] for i in report.copy_index.tolist()],
-        "class_shares": found.groups.per_query.tolist(),
-    }
-    files = {}
-    for name, columns in tables.items():
-        path = out / f"{name}.parquet"
-        _write_table(path, columns)
-        files[path.name] = sha256_file(path)
-    write_json(
-        out / "scores.json",
-        {
-            "format": FORMAT,
-            "config": config_to_dict(config),
-            "index": str(index.folder.resolve()),
-            "model": config_to_dict(index.config.model),
-            "data": config_to_dict(index.config.data),
-            "method": index.config.method,
-            "features": index.fingerprint,
-            "queries": queries.fingerprint,
-            "training_images": len(index.training),
-            "classes": [
-                {
-                    "name": name,
-                    "share": float(found.groups.mean[at]),
-                    "low": found.groups.spread[at].low,
-                    "high": found.groups.spread[at].high,
-                    "lift": float(found.groups.lift[at]),
-                }
-                for at, name in enumerate(found.groups.names)
-            ],
-            "summary": _headline(found),
-            "files": files,
-        },
-    )
-
-
-def _ranked(
-    queries: ConditionedImages, index: AttributionIndex, best: TopScores, value: str
-) -> dict[str, list[Any]]:
-    count = best.index.shape[1]
-    ids = index.training.ids
-    return {
-        "query": [name for name in queries.ids for _ in range(count)],
-        "training": [ids[row] for row in best.index.flatten().tolist()],
-        "rank": list(range(1, count + 1)) * len(queries),
-        value: best.values.flatten().tolist(),
-    }
-
-
-def _write_table(path: Path, columns: dict[str, list[Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table(columns)
-    write_atomic(path, lambda file: pq.write_table(table, file, compression="zstd"))
-
-
-def _headline(found: _Found) -> dict[str, float]:
-    report = found.memorisation
-    first = found.top.index[:, :1]
-    return {
-        "mean_top_share": round(float(report.dominance.mean()), 4),
-        "median_contributors": round(float(report.contributors.median()), 1),
-        "first_is_near": round(float((found.nearest.index == first).any(dim=1).double().mean()), 4),
-        "largest_copy_score": round(float(report.copy_score.max()), 4),
-    }

@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_formula_on_the_stored_features(index, tmp_path)
     report = rows_of(tmp_path / "s/queries.parquet")
     assert [row["copy_of"] for row in report] == [row["nearest"] for row in report] == [*range(5)]
     labels = open_images("digits").labels[:60]
-    classes = json.loads((tmp_path / "s/scores.json").read_text())["classes"]
+    classes = json.loads((tmp_path / "s/scores.json").read_text())["groups"]["class"]
     zero = next(group for group in classes if group["name"] == "0")
     expected = (scores[:, labels == 0].sum(1) / scores.sum(1)).mean()
     assert zero["share"] == pytest.approx(float(expected), rel=1e-3)
