@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from diffcal.diffusion.denoisers import Denoiser
-from diffcal.diffusion.diffusers_base import DiffusersDenoiser
+from diffcal.diffusion.diffusers_noise import DiscreteNoise
 from diffcal.diffusion.schedules import alphas_cumprod, sigma_of_alphas_cumprod
 from diffcal.errors import ConfigError
 
@@ -85,8 +85,9 @@ def noise_levels(
             raise ConfigError(f"sigmas must be positive numbers, got {list(sigmas)}")
         order = tuple(range(len(levels)))
         return NoiseLevels(order, levels, torch.full_like(levels, float("nan")))
-    if isinstance(denoiser, DiffusersDenoiser):
-        table = denoiser.noise.log_sigmas.detach().cpu().exp()
+    noise = getattr(denoiser, "noise", None)
+    if isinstance(noise, DiscreteNoise):
+        table = noise.log_sigmas.detach().cpu().exp()
     else:
         table = sigma_of_alphas_cumprod(alphas_cumprod("ddpm_linear"))
     total = len(table)
