@@ -2,10 +2,8 @@
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +12,7 @@ from diffcal.calibration.posthoc.consistency_gaussian import (
     gaussian_consistency,
     gaussian_log_consistency,
 )
+from diffcal.calibration.posthoc.consistency_gradient import legendre_nodes, with_gradient
 from diffcal.errors import ConfigError
 
 __all__ = [
@@ -37,8 +36,9 @@ def exact_consistency(
     The argmax is kept, a common shift of a row changes nothing, and the result is deterministic.
 
     Args:
-        logits: Finite, any floating format; the result has the same, and carries no gradient.
-        epsilon: Noise scale, positive.
+        logits: Finite, any floating format; the result has the same, and its gradient. With Gaussian
+            and Gumbel noise that can be differentiated again.
+        epsilon: Noise scale, positive; it gets no gradient.
         noise: Law of independent n: standard normal, uniform on [0, 1), or standard Gumbel.
 
     Raises:
@@ -48,12 +48,10 @@ def exact_consistency(
     """
     if not epsilon > 0:
         raise ConfigError(f"epsilon must be positive, got {epsilon}")
-    laws: dict[str, Callable[[Tensor, float], Tensor]] = {
-        "gaussian": gaussian_consistency,
-        "uniform": uniform_consistency,
-        "gumbel": gumbel_consistency,
-    }
-    return laws[noise](logits.detach(), epsilon)
+    if noise == "gumbel":
+        return gumbel_consistency(logits, epsilon)
+    law = gaussian_consistency if noise == "gaussian" else uniform_consistency
+    return with_gradient(logits, epsilon, law, noise)
 
 
 def gumbel_consistency(logits: Float[Tensor, "b k"], epsilon: float) -> Float[Tensor, "b k"]:
@@ -97,20 +95,13 @@ def _uniform_of_active(u: Float[Tensor, "b i"]) -> Float[Tensor, "b i"]:
         widest = float(width.max())
         if widest <= 0:
             continue
-        nodes, weights = _legendre(min((i + 1) // 2, math.ceil(8 + 56 * widest)))
+        nodes, weights = legendre_nodes(min((i + 1) // 2, math.ceil(8 + 56 * widest)))
         y = ends[:, i, None] + width[:, None] * nodes.to(u)
         factors = y[:, :, None] - u[:, None, :i]
         product = factors.prod(dim=2) * (weights.to(u) * width[:, None])
         # y exceeds every u_k inside the piece, so that leaving one factor out is a division
         probs[:, :i] += (product[:, :, None] / factors).sum(dim=1)
     return probs
-
-
-@lru_cache(maxsize=64)
-def _legendre(count: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights on [0, 1]."""
-    nodes, weights = np.polynomial.legendre.leggauss(count)
-    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
 
 
 LOG_CONSISTENCY: dict[str, Callable[[Tensor, float], Tensor]] = {

@@ -229,3 +229,42 @@ def test_input_level():
     made.fit(x, torch.zeros(12, dtype=torch.int64))
     assert made.strength == 1.0  # labels far from the predictions ask for more noise
     torch.testing.assert_close(made.predict_proba(x).sum(1), torch.ones(12).double())
+
+
+@pytest.mark.parametrize("noise", LAWS)
+@pytest.mark.parametrize("k", [2, 3, 9])
+def test_gradient_of_the_exact_forms(noise, k):
+    z = (1.5 * rows(4, k, 1.0, seed=k)).requires_grad_()
+    law = lambda x: exact_consistency(x, 1.7, noise)  # noqa: E731
+    assert torch.autograd.gradcheck(law, z, eps=1e-6, atol=1e-6, rtol=1e-5)
+    if noise != "uniform":
+        assert torch.autograd.gradgradcheck(law, z, eps=1e-6, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("noise", LAWS)
+def test_gradient_in_blocks_of_many_classes(noise, monkeypatch):
+    from diffcal.calibration.posthoc import consistency_gradient
+
+    z = rows(6, 60, 1.5).requires_grad_()
+    g = rows(6, 60, 1.0, seed=1)
+    whole = torch.autograd.grad((g * exact_consistency(z, 0.8, noise)).sum(), z)[0]
+    direction = rows(6, 60, 1e-4, seed=2)
+    with torch.no_grad():
+        up, down = (exact_consistency(z + s * direction, 0.8, noise) for s in (1, -1))
+    torch.testing.assert_close(
+        (whole * direction).sum(1), (g * (up - down)).sum(1) / 2, rtol=1e-4, atol=1e-9
+    )
+    # a common shift changes nothing
+    torch.testing.assert_close(whole.sum(1), torch.zeros(6).double(), rtol=0, atol=1e-10)
+    monkeypatch.setattr(consistency_gradient, "BLOCK_ELEMENTS", 10_000)
+    parts = torch.autograd.grad((g * exact_consistency(z, 0.8, noise)).sum(), z)[0]
+    torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
+    half = z.detach().float().requires_grad_()
+    exact_consistency(half, 0.8, noise).square().sum().backward()
+    assert half.grad.dtype == torch.float32
+
+
+def test_uniform_law_is_not_differentiated_twice():
+    z = rows(2, 3, 1.0).requires_grad_()
+    with pytest.raises(ConfigError, match="no second derivative"):
+        torch.autograd.grad(exact_consistency(z, 2.0, "uniform")[:, 0].sum(), z, create_graph=True)
