@@ -1,6 +1,6 @@
 """Attribution features: per-sample gradients at several timesteps, normalised, averaged, projected."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from diffcal.attribution.projection import ProjectionConfig, Projector
 from diffcal.attribution.projectors import make_projector
 from diffcal.attribution.timesteps import TimestepStrategy, noise_levels
 from diffcal.config import config_to_dict
+from diffcal.core.devices import module_device
 from diffcal.core.runs import fingerprint
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ConfigError, DataError
@@ -130,6 +131,7 @@ class Featuriser:
             raise ConfigError(f"batch_rows must be at least 1, got {batch_rows}")
         self.batch_rows = batch_rows
         self._functional = functional
+        self._shared_noise: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         denoiser.module.eval()
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
@@ -211,45 +213,59 @@ class Featuriser:
                 f"{samples} samples, {len(indices)} indices"
                 + ("" if condition is None else f", {len(condition)} conditions")
             )
-        shape = tuple(clean.shape[1:])
-        noise = {
-            t: attribution_noise(
-                self.config.noise,
-                self.config.noise_seed,
-                t,
-                indices,
-                shape,
-                role=role,
-                slot_batch=self.config.slot_batch,
-            )
-            for t in self.levels.timesteps
-        }
-        parts: list[GradientBatch] = []
+        noise = self._noise(tuple(clean.shape[1:]), indices, role)
+        sums = torch.zeros(samples, self.dim)
+        errors, values = [], []
         for start in range(0, samples * levels, self.batch_rows):
             rows = torch.arange(start, min(start + self.batch_rows, samples * levels))
             sample, level = rows // levels, rows % levels
-            drawn = [
-                noise[self.levels.timesteps[at]][i]
-                for i, at in zip(sample.tolist(), level.tolist(), strict=True)
-            ]
-            parts.append(
-                self.rows(
-                    clean[sample.to(clean.device)],
-                    torch.stack(drawn),
-                    level,
-                    None if condition is None else condition[sample.to(condition.device)],
-                )
+            part = self.rows(
+                clean[sample.to(clean.device)],
+                noise(sample, level),
+                level,
+                None if condition is None else condition[sample.to(condition.device)],
             )
-        vectors = torch.cat([part.vectors for part in parts]) if parts else clean.new_empty(0)
-        norms = torch.cat([part.norms for part in parts]) if parts else clean.new_empty(0)
+            # Added up as they come, so that memory does not grow with the number of timesteps.
+            vectors = _divide(part.vectors, part.norms if self.config.normalise else None)
+            sums = sums.to(vectors)
+            sums.index_add_(0, sample.to(vectors.device), vectors)
+            errors.append(part.extras)
+            values.append(part.values)
         return Features(
-            average_over_timesteps(
-                vectors.reshape(samples, levels, self.dim),
-                norms.reshape(samples, levels) if self.config.normalise else None,
-            ),
-            _table([part.extras for part in parts], samples, levels),
-            _table([part.values for part in parts], samples, levels),
+            sums / max(levels, 1), _table(errors, samples, levels), _table(values, samples, levels)
         )
+
+    def _noise(
+        self, shape: tuple[int, ...], indices: Sequence[int], role: str
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """From rows' (sample, level) to their noise; shared noise is kept on the network's device."""
+        config, timesteps = self.config, self.levels.timesteps
+        device = module_device(self.denoiser.module)
+
+        def draw(positions: Sequence[int]) -> Tensor:
+            return torch.stack(
+                [
+                    attribution_noise(
+                        config.noise,
+                        config.noise_seed,
+                        t,
+                        positions,
+                        shape,
+                        role=role,
+                        slot_batch=config.slot_batch,
+                    )
+                    for t in timesteps
+                ]
+            )
+
+        if config.noise == "shared":
+            key = (shape, device)
+            if key not in self._shared_noise:
+                self._shared_noise[key] = draw([0])[:, 0].to(device)
+            shared = self._shared_noise[key]
+            return lambda sample, level: shared[level.to(device)]
+        drawn = draw(indices)
+        return lambda sample, level: drawn[level, sample]
 
     def rows(
         self,
@@ -263,7 +279,7 @@ class Featuriser:
         Args:
             level: Which of ``levels`` each row is at, int [b].
         """
-        device = next(self.denoiser.module.parameters()).device
+        device = module_device(self.denoiser.module)
         wide = torch.float32 if device.type == "mps" else torch.float64
         level = level.cpu()
         inputs = self.objective.inputs(
@@ -280,9 +296,11 @@ def average_over_timesteps(
     vectors: Float[Tensor, "n t k"], norms: Float[Tensor, "n t"] | None
 ) -> Float[Tensor, "n k"]:
     """Mean over timesteps of (projected) gradients, each divided by its norm if norms are given."""
-    if norms is not None:
-        vectors = vectors / (norms[..., None] + NORM_EPSILON)
-    return vectors.mean(dim=1)
+    return _divide(vectors, norms).mean(dim=1)
+
+
+def _divide(vectors: Tensor, norms: Tensor | None) -> Tensor:
+    return vectors if norms is None else vectors / (norms[..., None] + NORM_EPSILON)
 
 
 def make_gradients(
