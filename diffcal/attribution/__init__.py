@@ -24,7 +24,7 @@ from diffcal.attribution.feature_shards import shard_ranges
 from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.gram import GramAccumulator
 from diffcal.attribution.groups import GroupShares, group_shares
-from diffcal.attribution.journey import journey_features, renoised_path
+from diffcal.attribution.journey import journey_features, path_features, renoised_path
 from diffcal.attribution.kernel import Kernel, fit_kernel, load_kernel
 from diffcal.attribution.kernel_updates import UpdatedKernel, update_kernel
 from diffcal.attribution.lds import (
@@ -105,6 +105,7 @@ __all__ = [
     "gas_blocks",
     "gaussian_blocks",
     "journey_features",
+    "path_features",
     "renoised_path",
     "tracin_blocks",
     # proof
