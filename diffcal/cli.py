@@ -99,13 +99,21 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--shard-size", type=int, default=1000, help="images per tar file")
 
     das = _group(commands, "das", "which training images a generated image owes itself to")
-    methods = ("das", "das-official", "dtrak", "trak", "digits")
+    methods = (
+        *("das", "das-official", "dtrak", "trak", "journey-trak", "tracincp", "gas"),
+        *("relative-influence", "renormalised-influence", "gradient-dot", "gradient-cosine"),
+        *("pixel-dot", "pixel-cosine", "encoder-dot", "encoder-cosine", "digits"),
+    )
     index = _add(das, "index", "features of all training images (resumes)", _das_index)
     index.add_argument(
-        "--model", help="checkpoint folder or hub name; short for --set model.source="
+        "--model",
+        action="append",
+        default=[],
+        help="checkpoint folder or hub name; short for --set model.source=. Repeatable: scores of "
+        "several models are averaged",
     )
     index.add_argument("--data", help="its training images; short for --set data.name=")
-    _run_flags(index, methods)
+    _run_flags(index, methods, seed="of noise and projection, both of --set features.")
     score = _add(das, "score", "most influential training images of each query", _das_score)
     score.add_argument("--index", type=Path, required=True, help="folder of diffcal das index")
     score.add_argument(
@@ -118,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--unconditional", action="store_true", help="through the branch without a class"
     )
+    score.add_argument(
+        "--held-out",
+        metavar="IMAGES",
+        help="real images that the model was not trained on, which tell what is no copy; rest: those "
+        "of the training source",
+    )
+    _group_flags(score)
     score.add_argument("--model", help="where the index's model is now, if it moved")
     score.add_argument("--data", help="where its training images are now, if they moved")
     score.add_argument("--out", type=Path, help="output folder (INDEX/scores)")
@@ -136,10 +151,29 @@ def _parser() -> argparse.ArgumentParser:
         _add(das, "lds", "train on random subsets and see whether scores predict it", _das_lds),
         presets=("digits",),
     )
+    counterfactual = _add(
+        das,
+        "counterfactual",
+        "retrain without the most influential images and compare",
+        _das_counterfactual,
+    )
+    counterfactual.add_argument(
+        "--scores",
+        type=Path,
+        action="append",
+        default=[],
+        help="folder of diffcal das score whose queries come from diffcal csm; repeatable to compare "
+        "methods. Without it the model of a preset is trained",
+    )
+    counterfactual.add_argument("--remove", type=int, help="short for --set remove=N")
+    _run_flags(
+        counterfactual, ("digits",), seed="of noise and random removals; short for --set seed=N"
+    )
     explain = _add(das, "explain", "a page with some queries and the images behind them", _explain)
     explain.add_argument("scores", type=Path, help="folder of diffcal das score")
     explain.add_argument("--query", action="append", default=[], help="id of a query; repeatable")
     explain.add_argument("--top", type=int, default=10, help="training images to show for each")
+    _group_flags(explain)
     explain.add_argument("--data", help="where the training images are now, if they moved")
     explain.add_argument("--out", type=Path, help="file to write (SCORES/gallery.html)")
 
@@ -213,7 +247,24 @@ def _add(commands: Any, name: str, text: str, handler: Handler) -> argparse.Argu
     return parser
 
 
-def _config_flags(parser: argparse.ArgumentParser, presets: tuple[str, ...] = ()) -> None:
+def _group_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--groups",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="share attribution out by this column of the training images, as artist; repeatable",
+    )
+    parser.add_argument(
+        "--royalties", type=float, metavar="AMOUNT", help="divide this among the groups"
+    )
+
+
+def _config_flags(
+    parser: argparse.ArgumentParser,
+    presets: tuple[str, ...] = (),
+    seed: str = "short for --set seed=N",
+) -> None:
     names = f"one of {', '.join(presets)}; settings come from it first" if presets else "preset"
     parser.add_argument("--preset", help=names)
     parser.add_argument("--config", type=Path, help="TOML file with settings")
@@ -224,13 +275,17 @@ def _config_flags(parser: argparse.ArgumentParser, presets: tuple[str, ...] = ()
         metavar="KEY=VALUE",
         help="override, as plan.groups=100",
     )
-    parser.add_argument("--seed", type=int, help="short for --set seed=N")
+    parser.add_argument("--seed", type=int, help=seed)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and stop")
 
 
-def _run_flags(parser: argparse.ArgumentParser, presets: tuple[str, ...] = ()) -> None:
-    _config_flags(parser, presets)
+def _run_flags(
+    parser: argparse.ArgumentParser,
+    presets: tuple[str, ...] = (),
+    seed: str = "short for --set seed=N",
+) -> None:
+    _config_flags(parser, presets, seed)
     parser.add_argument(
         "--out", type=Path, required=True, help="output folder; resumes what it holds"
     )
@@ -306,9 +361,12 @@ def _das_index(args: argparse.Namespace) -> Any:
     from diffcal.workflows import das
 
     overrides = list(args.set)
-    for key, value in (("model.source", args.model), ("data.name", args.data)):
-        if value is not None:
-            overrides.append(f"{key}={json.dumps(value)}")
+    if len(args.model) == 1:
+        overrides.append(f"model.source={json.dumps(args.model[0])}")
+    elif args.model:
+        overrides.append(f"models={json.dumps(args.model)}")
+    if args.data is not None:
+        overrides.append(f"data.name={json.dumps(args.data)}")
     if args.seed is not None:
         overrides += [f"features.noise_seed={args.seed}", f"features.projection.seed={args.seed}"]
     config = das.das_config(args.preset, overrides, file=args.config)
@@ -327,6 +385,12 @@ def _das_score(args: argparse.Namespace) -> Any:
             overrides.append(f"{key}={value}")
     if args.unconditional:
         overrides.append("queries.unconditional=true")
+    if args.held_out is not None:
+        overrides.append(f"held_out.name={json.dumps(args.held_out)}")
+    if args.groups:
+        overrides.append(f"groups={json.dumps(args.groups)}")
+    if args.royalties is not None:
+        overrides.append(f"royalties={args.royalties}")
     config = das.score_config(args.index, args.queries, overrides, file=args.config)
     if args.dry_run:
         return _dry(config)
@@ -351,10 +415,32 @@ def _das_lds(args: argparse.Namespace) -> Any:
     return run_lds(config, args.out, device=args.device, overwrite=args.overwrite)
 
 
+def _das_counterfactual(args: argparse.Namespace) -> Any:
+    from diffcal.workflows.das_counterfactual import run_counterfactual
+    from diffcal.workflows.das_counterfactual_config import counterfactual_config
+
+    overrides = list(args.set)
+    for key, value in (("remove", args.remove), ("seed", args.seed)):
+        if value is not None:
+            overrides.append(f"{key}={value}")
+    config = counterfactual_config(args.preset, args.scores, overrides, file=args.config)
+    if args.dry_run:
+        return _dry(config)
+    return run_counterfactual(config, args.out, device=args.device, overwrite=args.overwrite)
+
+
 def _explain(args: argparse.Namespace) -> Any:
     from diffcal.workflows.das_report import explain_scores
 
-    return explain_scores(args.scores, args.query, top=args.top, out=args.out, data=args.data)
+    return explain_scores(
+        args.scores,
+        args.query,
+        top=args.top,
+        out=args.out,
+        data=args.data,
+        groups=args.groups,
+        royalties=args.royalties,
+    )
 
 
 def _train_diffusion(args: argparse.Namespace) -> Any:

@@ -12,7 +12,8 @@ Stages, each an artefact that the next one reads:
    timesteps and projected (das.md, sections 2 and 4), and the kernel of all of them;
 2. score: the same features of the queries, and ``(ψᵀ (K + λI)⁻¹ φ)²`` against every training image;
 3. explain: the images themselves beside each other;
-4. lds: does it hold? Models trained on random halves of the data say (``diffcal das lds``).
+4. lds: does it hold? Models trained on random halves of the data say (``diffcal das lds``);
+5. counterfactual: retrain without the images on top, draw the query again, and compare.
 
 Source: Lin et al. 2025, "Diffusion Attribution Score" (arXiv:2410.18639). The default deviates: one
 noise shared by all images, a sparse sketch, relative damping; ``das_config("das-official")`` has the
@@ -26,19 +27,29 @@ from typing import Any
 from diffcal.attribution.score_config import ScoreConfig
 from diffcal.config import build_config
 from diffcal.diffusion.denoisers import Denoiser
-from diffcal.workflows.das_config import METHODS, DasConfig, das_config
+from diffcal.workflows.das_config import INDEX_METHODS, METHODS, DasConfig, das_config
+from diffcal.workflows.das_counterfactual import run_counterfactual
+from diffcal.workflows.das_counterfactual_config import (
+    CounterfactualConfig,
+    counterfactual_config,
+)
 from diffcal.workflows.das_index import AttributionIndex, build_index, read_manifest_of_index
 from diffcal.workflows.das_lds import run_lds
 from diffcal.workflows.das_lds_config import LdsConfig
 from diffcal.workflows.das_report import explain_scores
-from diffcal.workflows.das_score import QueryConfig, ScoreRunConfig, score_queries
+from diffcal.workflows.das_score import HeldOut, QueryConfig, ScoreRunConfig, score_queries
 from diffcal.workflows.preset_files import preset_config
 
 __all__ = [
+    "INDEX_METHODS",
     "METHODS",
     "AttributionIndex",
+    "CounterfactualConfig",
     "DasConfig",
+    "HeldOut",
     "LdsConfig",
+    "counterfactual",
+    "counterfactual_config",
     "das_config",
     "explain",
     "index",
@@ -69,6 +80,9 @@ def score(
     top: int = 20,
     rows: int | None = None,
     scores: ScoreConfig | None = None,
+    held_out: Path | str | None = None,
+    groups: Sequence[str] = (),
+    royalties: float | None = None,
     denoiser: Denoiser | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -79,9 +93,18 @@ def score(
         queries: A run of ``diffcal csm``, any labelled images, or a folder of image files.
         rows: Only the first so many.
         scores: Other scores of the same features than the index's own.
+        held_out: Real images that the model was not trained on, which tell what is no copy; ``rest``:
+            those of the training source.
+        groups: Columns of the training images by which attribution is shared out, besides the class.
+        royalties: An amount to divide among the groups.
     """
     config = ScoreRunConfig(
-        queries=QueryConfig(name=str(queries), rows=rows), scores=scores, top=top
+        queries=QueryConfig(name=str(queries), rows=rows),
+        scores=scores,
+        top=top,
+        held_out=None if held_out is None else HeldOut(name=str(held_out)),
+        groups=tuple(groups),
+        royalties=royalties,
     )
     return score_queries(
         Path(index),
@@ -99,9 +122,18 @@ def explain(
     *,
     top: int = 10,
     out: Path | str | None = None,
+    groups: Sequence[str] = (),
+    royalties: float | None = None,
 ) -> dict[str, Any]:
     """A page of queries with the images behind them; see :func:`~.das_report.explain_scores`."""
-    return explain_scores(Path(scores), queries, top=top, out=None if out is None else Path(out))
+    return explain_scores(
+        Path(scores),
+        queries,
+        top=top,
+        out=None if out is None else Path(out),
+        groups=groups,
+        royalties=royalties,
+    )
 
 
 def lds(
@@ -120,6 +152,17 @@ def lds_config(
         ConfigError: unknown preset or setting.
     """
     return preset_config(LdsConfig, "lds", preset, overrides, file=file)
+
+
+def counterfactual(
+    config: CounterfactualConfig,
+    out: Path | str,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """What retraining without the top images does; see :func:`~.das_counterfactual.run_counterfactual`."""
+    return run_counterfactual(config, Path(out), device=device, overwrite=overwrite)
 
 
 def score_config(

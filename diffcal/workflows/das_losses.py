@@ -20,13 +20,13 @@ from diffcal.data.images import encode_png
 from diffcal.data.sources import open_images
 from diffcal.diffusion.checkpoints import load_denoiser
 from diffcal.diffusion.denoisers import Denoiser
-from diffcal.diffusion.samplers import sample
 from diffcal.errors import ArtifactError, ConfigError
 from diffcal.workflows.das_images import ConditionedImages, open_queries
 from diffcal.workflows.das_lds_config import LdsConfig, LossConfig
+from diffcal.workflows.das_redraw import ClassImages
 from diffcal.workflows.das_subset_models import BASE, model_names, training_rows
 
-__all__ = ["loss_tables", "query_losses", "write_queries"]
+__all__ = ["loss_tables", "query_losses", "write_images", "write_queries"]
 
 
 def write_queries(config: LdsConfig, out: Path, models: Path, device: str) -> None:
@@ -54,31 +54,19 @@ def write_queries(config: LdsConfig, out: Path, models: Path, device: str) -> No
             )
         parts = list(source.batches(1024, rows))
         images = np.concatenate([part for _, part, _ in parts])
-        _write_images(path, images, np.concatenate([labels for _, _, labels in parts]))
+        write_images(path, images, np.concatenate([labels for _, _, labels in parts]))
     path = out / "generated.parquet"
     if asked.generated and not path.exists():
         denoiser = load_denoiser(models / BASE / "checkpoint", device=device)
-        labels = torch.arange(asked.generated) % max(denoiser.num_classes, 1)
-        images = _generate(config, denoiser, labels)
-        _write_images(path, images.cpu().numpy(), labels.numpy())
-
-
-def _generate(config: LdsConfig, denoiser: Denoiser, labels: Tensor) -> Tensor:
-    where = next(denoiser.module.parameters()).device
-    parts = []
-    for start in range(0, len(labels), config.losses.batch):
-        rows = range(start, min(start + config.losses.batch, len(labels)))
-        noise = torch.stack(
-            [item_normal(config.queries.seed, "lds-query", i, denoiser.sample_shape) for i in rows]
+        drawn = ClassImages(
+            asked.generated,
+            denoiser.class_names,
+            asked.sampler,
+            seed=asked.seed,
+            stream="lds-query",
+            batch=config.losses.batch,
         )
-        condition = None
-        if denoiser.condition_kind != "none":
-            condition = denoiser.condition(
-                torch.eye(denoiser.num_classes)[labels[rows.start : rows.stop]]
-            )
-        drawn = sample(denoiser, noise.to(where), condition, config.queries.sampler)
-        parts.append(denoiser.decode(drawn.float()))
-    return torch.cat(parts)
+        write_images(path, drawn.draw(denoiser).numpy(), drawn.labels.numpy())
 
 
 def loss_tables(
@@ -155,7 +143,8 @@ def query_losses(
     return total / len(levels.timesteps)
 
 
-def _write_images(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+def write_images(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Labelled images as one Parquet file, columns ``image`` (PNG) and ``label``."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -72,8 +72,14 @@ class TrainDiffusionConfig:
     sample_steps: int = 18
     weights: Literal["float32", "float16", "bfloat16"] = "float16"
     """Number format of the finished checkpoint."""
+    keep: tuple[float, ...] = ()
+    """Shares of the steps, as (0.25, 0.5, 0.75), after which a checkpoint stays in ``checkpoints``:
+    attributions that follow the training (TracInCP, GAS) want several."""
 
     def __post_init__(self) -> None:
+        outside = [share for share in self.keep if not 0 < share <= 1]
+        if outside:
+            raise ConfigError(f"keep: shares of the training lie in (0, 1], got {outside[0]:g}")
         for name in ("save_every", "sample_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -94,8 +100,9 @@ def train_diffusion(
 
     Writes ``config.json``, ``loss.jsonl`` (one line per 50 steps), ``loss.png``,
     ``samples/step-*.png`` (one row per class, the same noise every time), ``state/`` (the latest
-    training state) and ``checkpoint/``. Killed at any moment and started again it continues from
-    the latest state, and on a CPU ends with the same bytes as a run that was never stopped.
+    training state), ``checkpoint/`` and, where ``config.keep`` asks for them, ``checkpoints/step-*``.
+    Killed at any moment and started again it continues from the latest state, and on a CPU ends with
+    the same bytes as a run that was never stopped.
 
     Args:
         source: Images already opened, in place of ``config.data``.
@@ -126,6 +133,9 @@ def train_diffusion(
     trainer = DiffusionTrainer(network, opt, accelerator, config.seed, network.sigma_data)
     # Claimed only now, so that a setting which is refused above leaves no folder behind.
     claim = config_to_dict(config) | {"data_fingerprint": source.fingerprint}
+    if not config.keep:
+        del claim["keep"]  # runs that were begun before it existed go on
+    kept = {max(1, round(share * opt.steps)) for share in config.keep} - {opt.steps}
     if accelerator.is_main_process:
         claim_folder(out, claim, overwrite=overwrite)
     accelerator.wait_for_everyone()
@@ -142,6 +152,10 @@ def train_diffusion(
             bar.update(1)
             bar.set_postfix_str(f"loss {log.smooth:.4f}", refresh=False)
             finished = trainer.step == opt.steps
+            if accelerator.is_main_process and trainer.step in kept:
+                # Before the state: a run that goes on from it has this behind it.
+                folder = out / "checkpoints" / f"step-{trainer.step:07d}"
+                _export(folder, trainer, specification, class_names, config, log.smooth)
             if accelerator.is_main_process and (trainer.step % config.save_every == 0 or finished):
                 log.write()
                 _save(out / "state", trainer, log)

@@ -1,0 +1,142 @@
+"""Models trained without some images, and the queries as each of them draws them."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import UInt8
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from diffcal.core.progress import progress_bar
+from diffcal.core.runs import fingerprint, read_json, write_atomic, write_json
+from diffcal.data.sources import ImageSource
+from diffcal.diffusion.checkpoints import load_denoiser
+from diffcal.diffusion.denoisers import Denoiser
+from diffcal.errors import ArtifactError
+from diffcal.workflows.das_redraw import Redrawable
+from diffcal.workflows.das_subset_models import LoneAccelerator, SubsetSource
+from diffcal.workflows.train_diffusion import TrainDiffusionConfig, train_diffusion
+
+__all__ = ["TrainedModel", "drawn_images", "save_images", "train_and_draw"]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """One model of the experiment."""
+
+    name: str
+    """Of its folder in ``models/``, and of its images in ``images/``."""
+    removed: tuple[int, ...]
+    """Positions of the training images that it never sees."""
+    seed: int
+    keep: tuple[float, ...] = ()
+
+
+def train_and_draw(
+    models: Sequence[TrainedModel],
+    out: Path,
+    training: TrainDiffusionConfig,
+    source: ImageSource,
+    rows: range,
+    queries: Redrawable | None,
+    state: Any,
+    device: str,
+    *,
+    title: str,
+) -> None:
+    """Train ``out/models/NAME/checkpoint`` and write ``out/images/NAME.safetensors``; resumes.
+
+    Of ``W`` processes, process ``w`` owns the models ``m`` with ``m % W == w``, and all wait for each
+    other at the end. A finished model is not trained again, an interrupted one continues from its last
+    saved state; states of finished models are removed.
+
+    Args:
+        training: The recipe.
+        rows: All training rows of ``source``.
+        queries: What each model draws; nothing yet if None.
+
+    Raises:
+        ArtifactError: a folder holds a model of other settings or images.
+        NumericalError: a training diverged, or a model draws NaN; the others stay.
+    """
+    where = str(state.device) if device == "auto" else device
+    own = models[state.process_index :: state.num_processes]
+    with progress_bar(len(own), title, unit="model") as bar:
+        for model in own:
+            folder = out / "models" / model.name
+            images = out / "images" / f"{model.name}.safetensors"
+            _train(model, folder, training, source, rows, device)
+            if queries is not None and not _drawn(images, queries):
+                denoiser = load_denoiser(folder / "checkpoint", device=where)
+                save_images(images, queries, denoiser)
+            bar.update(1)
+    state.wait_for_everyone()
+
+
+def save_images(path: Path, queries: Redrawable, denoiser: Denoiser) -> None:
+    """Write the queries as ``denoiser`` draws them."""
+    data = save({"images": queries.draw(denoiser)}, metadata={"queries": queries.fingerprint})
+    write_atomic(path, lambda file: file.write(data))
+
+
+def drawn_images(out: Path, name: str) -> UInt8[Tensor, "q h w c"]:
+    """The queries as model ``name`` drew them."""
+    return load_file(out / "images" / f"{name}.safetensors")["images"]
+
+
+def _drawn(path: Path, queries: Redrawable) -> bool:
+    """Whether the images are there.
+
+    Raises:
+        ArtifactError: they are, but of other queries.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("queries")
+    except SafetensorError as error:
+        raise ArtifactError(f"'{path}' is damaged ({error}): delete it, run again") from error
+    if found != queries.fingerprint:
+        raise ArtifactError(f"'{path}' holds other queries: delete it and run again")
+    return True
+
+
+def _train(
+    model: TrainedModel,
+    folder: Path,
+    training: TrainDiffusionConfig,
+    source: ImageSource,
+    rows: range,
+    device: str,
+) -> None:
+    note = folder / "finished.json"
+    gone = set(model.removed)
+    images = SubsetSource(source, [row for at, row in enumerate(rows) if at not in gone])
+    wanted = fingerprint([images.fingerprint, model.seed])
+    if note.exists():
+        if read_json(note)["model"] != wanted:
+            raise ArtifactError(
+                f"'{folder}' holds a model of other images or another seed: delete it and run again"
+            )
+        return
+    config = replace(
+        training,
+        # The images are handed over, and nobody looks at samples of every model on the way.
+        first_row=0,
+        rows=None,
+        seed=model.seed,
+        sample_every=training.optimizer.steps,
+        sample_steps=2,
+        keep=model.keep,
+    )
+    accelerator = LoneAccelerator(cpu=device == "cpu", mixed_precision=training.optimizer.precision)
+    summary = train_diffusion(config, folder, source=images, accelerator=accelerator, device=device)
+    write_json(note, {"images": len(images), "model": wanted, "loss": summary["loss"]})
+    # Optimiser states would be most of the experiment's size.
+    shutil.rmtree(folder / "state", ignore_errors=True)
