@@ -24,13 +24,18 @@ from diffcal.config import config_to_dict
 from diffcal.core.progress import progress_bar
 from diffcal.core.runs import write_atomic, write_json, write_text
 from diffcal.data.logits import save_logits
-from diffcal.errors import ArtifactError, ConfigError, DataError
+from diffcal.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from diffcal.models.classifier import TrainedClassifier, save_classifier
 from diffcal.models.registry import build_classifier
 
 __all__ = ["fit_classifier"]
 
 logger = logging.getLogger(__name__)
+
+STATE_FORMAT = "diffcal-classifier-state/2"
+
+FEATURE_BYTES = 32 * 2**20
+"""Features of validation and test images that are saved unasked are at most this large."""
 
 
 @dataclass
@@ -51,7 +56,7 @@ def fit_classifier(
     model: nn.Module | None = None,
     accelerator: Accelerator | None = None,
     seed: int = 0,
-    with_features: bool = False,
+    with_features: bool | None = False,
 ) -> dict[str, Any]:
     """Train a classifier on real and mixed images; resumes what ``folder`` holds.
 
@@ -72,7 +77,8 @@ def fit_classifier(
         seed: Decides initial weights, order, augmentation and mixed images.
         with_features: Save the inputs and the weights of the last linear layer with the logits, for
             post-hoc methods that read them. The network then needs ``forward_features`` and ``fc``,
-            as every network of the registry has them.
+            as every network of the registry has them. None: if it has them and they are at most
+            :data:`FEATURE_BYTES`.
 
     Returns:
         Summary, as in ``summary.json``: steps, selected epoch, and for each evaluated set accuracy,
@@ -95,6 +101,8 @@ def fit_classifier(
         model = build_classifier(config.model, len(data.class_names), channels, min(height, width))
     if with_features:
         _check_features(model)
+    elif with_features is None:
+        with_features = _features_are_small(model, data)
     trainer = ClassifierTrainer(model, data, config, accelerator, seed)
     progress = _Progress()
     _restore(folder / "state", trainer, progress)
@@ -228,6 +236,14 @@ def _check_features(model: nn.Module) -> None:
     named_linear(model, "fc")
 
 
+def _features_are_small(model: nn.Module, data: TrainingData) -> bool:
+    head = getattr(model, "fc", None)
+    if not hasattr(model, "forward_features") or not isinstance(head, nn.Linear):
+        return False
+    rows = sum(len(part) for part in (data.validation, data.test) if part is not None)
+    return 4 * rows * head.in_features <= FEATURE_BYTES
+
+
 def _select(
     config: ClassifierConfig, progress: _Progress, record: dict[str, Any], module: nn.Module
 ) -> None:
@@ -255,14 +271,15 @@ def _write_log(folder: Path, progress: _Progress) -> None:
 
 def _save(folder: Path, trainer: ClassifierTrainer, progress: _Progress) -> None:
     tensors = trainer.tensors() | {f"best/{name}": t for name, t in progress.best.items()}
-    metadata = {
-        "format": "diffcal-classifier-state/1",
-        "step": str(trainer.step),
-        "records": json.dumps(progress.records),
-        "best": json.dumps([progress.best_score, progress.best_epoch]),
+    about = {
+        "format": STATE_FORMAT,
+        "step": trainer.step,
+        "records": progress.records,
+        "best": [progress.best_score, progress.best_epoch],
     }
     path = folder / f"step-{trainer.step:08d}.safetensors"
-    data = save(tensors, metadata=metadata)
+    # one key: several would be written in random order, and files would differ
+    data = save(tensors, metadata={"progress": json.dumps(about)})
     write_atomic(path, lambda file: file.write(data))
     for other in folder.iterdir():
         if other != path:
@@ -275,13 +292,15 @@ def _restore(folder: Path, trainer: ClassifierTrainer, progress: _Progress) -> N
         return
     try:
         with safe_open(states[-1], framework="pt") as file:
-            metadata = file.metadata()
+            about = json.loads((file.metadata() or {})["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        progress.records = json.loads(metadata["records"])
-        progress.best_score, progress.best_epoch = json.loads(metadata["best"])
+        if about["format"] != STATE_FORMAT:
+            raise CheckpointError(f"format '{about['format']}', expected '{STATE_FORMAT}'")
+        progress.records = about["records"]
+        progress.best_score, progress.best_epoch = about["best"]
         for name in [name for name in tensors if name.startswith("best/")]:
             progress.best[name.removeprefix("best/")] = tensors.pop(name)
-        trainer.restore(tensors, int(metadata["step"]))
+        trainer.restore(tensors, about["step"])
     except Exception as error:
         raise ArtifactError(
             f"training state '{states[-1]}' cannot be used ({error}); delete it to start again"

@@ -99,8 +99,10 @@ def calibrate(
 
     Writes ``out/METHOD/calibrator.safetensors`` (and ``calibrator.json`` with its settings),
     ``out/METHOD/NAME.SUFFIX`` for each applied file (logits where the method has them, else
-    probabilities, with the labels of the input), and ``out/metrics.json``: every measure of every
-    file before and after, the validation file included (where "after" is in-sample).
+    probabilities, with the labels and features of the input), and ``out/metrics.json``: every measure
+    of every file before and after, the validation file included (where "after" is in-sample).
+    Where calibrated logits come from a last linear layer, as under temperature scaling and feature
+    clipping, their file holds this layer's inputs and head.
 
     Raises:
         DataError: a file cannot be used, holds probabilities, or does not fit the others (nothing is
@@ -141,7 +143,8 @@ def calibrate(
                 "soft_labels": content.soft_labels,
             }
             made: dict[str, Any] = outputs[method, name]
-            save_logits(folder / f"{name}{suffix}", **made, **labels, features=content.features)
+            layer = _last_layer(calibrator, content, made, suffix)
+            save_logits(folder / f"{name}{suffix}", **made, **labels, **layer)
     table = {
         "format": "diffcal-calibration/1",
         "version": __version__,
@@ -227,6 +230,19 @@ def _applied(calibrator: Calibrator, content: LogitsFile) -> dict[str, Tensor]:
         z = calibrator.calibrated_logits(content.logits, features=content.features)
         return {"logits": z}
     return {"probs": calibrator.predict_proba(content.logits, features=content.features)}
+
+
+def _last_layer(
+    calibrator: Calibrator, content: LogitsFile, made: Mapping[str, Tensor], suffix: str
+) -> dict[str, Any]:
+    """Features and head of a calibrated file: a layer that gives its logits, if there is one."""
+    if content.features is None or content.head is None or "logits" not in made:
+        return {"features": content.features}
+    layer = calibrator.last_layer(content.features, *content.head)
+    if layer is None:
+        return {"features": content.features}
+    features, weight, bias = layer
+    return {"features": features, "head": None if suffix == ".parquet" else (weight, bias)}
 
 
 def _measured(

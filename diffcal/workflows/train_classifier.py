@@ -41,7 +41,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-AFTER_TRAINING = ("posthoc", "posthoc_settings", "report")
+AFTER_TRAINING = ("posthoc", "posthoc_settings", "report", "save_features")
 """Settings that may change without training again."""
 
 PURE = 1 - 1e-6
@@ -87,6 +87,9 @@ class TrainClassifierConfig:
     the other), fitted on the validation logits; an empty list for none."""
     posthoc_settings: dict[str, Any] = field(default_factory=dict)
     """Settings by method, as ``posthoc_settings.temperature.criterion``."""
+    save_features: bool | None = None
+    """Save the inputs and weights of the last linear layer with the logits, for methods that read them
+    (as feature_clipping). None: where ``posthoc`` names such a method, or they are small (32 MiB)."""
     report: bool = True
     """Write a report of the test logits, before and after every method; without a test, of the
     validation logits before."""
@@ -102,6 +105,10 @@ class TrainClassifierConfig:
             )
         if self.posthoc:
             self.calibration  # noqa: B018 - unknown methods and settings end here
+            if self.save_features is False and self.needs_features:
+                raise ConfigError(
+                    "a method of posthoc reads features: save_features cannot be false"
+                )
         elif self.posthoc_settings:
             raise ConfigError("posthoc_settings are given, but posthoc names no method")
 
@@ -174,7 +181,7 @@ def train_classifier(
         out,
         accelerator=accelerator,
         seed=config.seed,
-        with_features=config.needs_features,
+        with_features=config.needs_features or config.save_features,
     )
     if accelerator.is_main_process:
         summary |= _after_training(config, out, data.class_names)

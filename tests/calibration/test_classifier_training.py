@@ -147,7 +147,8 @@ def test_resumed_run_equals_uninterrupted_run(mixed_digits, tmp_path, every, mon
     monkeypatch.setattr(ClassifierTrainer, "train_step", original)
     parts = fit(mixed_digits, config, tmp_path / "parts")
     assert parts["steps_this_call"] < whole["steps_this_call"]
-    for name in ("classifier/classifier.safetensors", "metrics.jsonl", "summary.json"):
+    state = f"state/step-{whole['steps']:08d}.safetensors"
+    for name in ("classifier/classifier.safetensors", "metrics.jsonl", "summary.json", state):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     again = fit(mixed_digits, config, tmp_path / "parts")
     assert again["steps_this_call"] == 0

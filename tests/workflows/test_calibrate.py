@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffcal.calibration.metrics.summary import calibration_summary
+from diffcal.calibration.posthoc.feature_clipping import FeatureClipping
 from diffcal.calibration.posthoc.storage import load_calibrator
 from diffcal.calibration.posthoc.temperature import TemperatureScaling
 from diffcal.cli import main
@@ -39,7 +40,15 @@ def files(tmp_path):
 
 def test_whole_run(tmp_path, files, capsys):
     z, y, h = files
-    methods = ["temperature", "isotonic", "feature_clipping+temperature", "feature_consistency"]
+    methods = [
+        "temperature",
+        "isotonic",
+        "matrix",
+        "vector",
+        "dirichlet",
+        "feature_clipping+temperature",
+        "feature_consistency",
+    ]
     flags = [part for method in methods for part in ("--method", method)]
     flags += ["--set", "feature_clipping.grid_size=10", "--set", "n_bins=10"]
     flags += ["--set", "feature_consistency.num_samples=20"]
@@ -51,11 +60,21 @@ def test_whole_run(tmp_path, files, capsys):
     for name in ("accuracy", "nll", "ece"):
         assert table["before"]["test"][name]["value"] == pytest.approx(before[name], abs=1e-6)
         assert printed["summary"]["test"]["before"][name] == pytest.approx(before[name], abs=1e-5)
+    head = load_logits(tmp_path / "val.npz").head
     for method in methods:
         made = load_calibrator(tmp_path / "out" / method / "calibrator.safetensors")
         content = load_logits(tmp_path / "out" / method / "test.npz")
         assert torch.equal(content.labels, y)
-        torch.testing.assert_close(content.features, h)
+        if made.last_layer(h, *head) is None:
+            assert content.head is None
+            torch.testing.assert_close(content.features, h)
+        else:  # the layer in the file is the one that gives its logits
+            weight, bias = content.head
+            layer = content.features @ weight.T + bias
+            torch.testing.assert_close(layer, content.logits, rtol=1e-5, atol=1e-5)
+            FeatureClipping(grid_size=5).with_head(weight, bias).fit(
+                content.logits, content.labels, features=content.features
+            )
         expected = made.predict_proba(z, features=h)
         found = content.probs if content.logits is None else content.logits.softmax(1)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

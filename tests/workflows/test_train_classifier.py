@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import diffcal.workflows
+from diffcal.calibration import training_loop
 from diffcal.calibration.training_config import (
     AugmentationConfig,
     ClassifierConfig,
@@ -121,7 +122,7 @@ def test_train_with_and_without_the_mixed_set(published, tmp_path):
     assert moved["steps_this_call"] == summary["steps"]
 
 
-def test_posthoc_methods_and_report_follow_the_training(tmp_path):
+def test_posthoc_methods_and_report_follow_the_training(tmp_path, monkeypatch):
     methods = ("temperature", "feature_clipping+temperature")
     config = replace(
         CONFIG,
@@ -139,6 +140,8 @@ def test_posthoc_methods_and_report_follow_the_training(tmp_path):
     fitted = json.loads((out / "posthoc/temperature/calibrator.json").read_text())
     assert fitted["settings"][0]["search"] == "grid"
     raw = load_logits(out / "logits-test.safetensors")
+    with pytest.raises(ConfigError, match="reads features"):
+        replace(config, save_features=False)
     calibrated = load_logits(out / "posthoc/temperature/logits-test.safetensors")
     scaled = raw.logits / fitted["fitted"]["temperature"]
     torch.testing.assert_close(calibrated.logits, scaled, rtol=1e-5, atol=1e-5)
@@ -160,6 +163,15 @@ def test_posthoc_methods_and_report_follow_the_training(tmp_path):
     assert again["posthoc"]["before"] == table["before"]
     assert not (out / "posthoc/temperature").exists()
     assert "report" not in again
+    # small features are saved unasked, so that a method that reads them can come later
+    assert load_logits(out / "logits-test.safetensors").head is not None
+    train_classifier(replace(fewer, save_features=False), out, device="cpu")
+    assert load_logits(out / "logits-test.safetensors").features is None
+    monkeypatch.setattr(training_loop, "FEATURE_BYTES", 1000)
+    train_classifier(fewer, out, device="cpu")
+    assert load_logits(out / "logits-test.safetensors").features is None
+    train_classifier(replace(fewer, save_features=True), out, device="cpu")
+    assert load_logits(out / "logits-test.safetensors").features is not None
 
 
 def test_without_a_test_set_the_measures_are_those_of_the_validation_set(tmp_path):

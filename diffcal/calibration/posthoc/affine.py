@@ -75,6 +75,19 @@ class VectorScaling(Calibrator):
         a, b = split(minimise_newton(objective, start, value=value))
         self.scale_, self.bias_ = a.clone().cpu(), (b - b.mean()).cpu()
 
+    def last_layer(
+        self,
+        features: Float[Tensor, "n d"],
+        weight: Float[Tensor, "k d"],
+        bias: Float[Tensor, " k"],
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The scaled layer; None for log-probabilities, which are not linear in the logits."""
+        self._require_fitted()
+        if self.input == "log_probs":
+            return None
+        scale = self.scale_.to(weight)
+        return features, scale[:, None] * weight, scale * bias + self.bias_.to(bias)
+
     def _logits(
         self, z: Float[Tensor, "b k"], features: Float[Tensor, "b d"] | None
     ) -> Float[Tensor, "b k"]:
@@ -132,6 +145,17 @@ class MatrixScaling(Calibrator):
         problem = _MatrixProblem(x, data.targets, self.off_diagonal, self.intercept)
         return problem.value(table.to(x))
 
+    def last_layer(
+        self,
+        features: Float[Tensor, "n d"],
+        weight: Float[Tensor, "k d"],
+        bias: Float[Tensor, " k"],
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The product of both maps."""
+        self._require_fitted()
+        a = self.weight_.to(weight)
+        return features, a @ weight, a @ bias + self.bias_.to(bias)
+
     def _logits(
         self, z: Float[Tensor, "b k"], features: Float[Tensor, "b d"] | None
     ) -> Float[Tensor, "b k"]:
@@ -148,6 +172,16 @@ class DirichletScaling(MatrixScaling):
 
     def _input(self, z: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
         return z.log_softmax(dim=1)
+
+    def last_layer(
+        self,
+        features: Float[Tensor, "n d"],
+        weight: Float[Tensor, "k d"],
+        bias: Float[Tensor, " k"],
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """None: log-probabilities are not linear in the logits."""
+        self._require_fitted()
+        return None
 
 
 class _MatrixProblem:

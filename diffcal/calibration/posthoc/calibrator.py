@@ -97,8 +97,8 @@ def criterion_value(
 class Calibrator(ABC):
     """A map from logits to probabilities, fitted on validation data.
 
-    Arrays give arrays and tensors give tensors of the same number format and device. ``fit`` works
-    in float64, leaves torch's random state alone and may be called again.
+    Arrays give arrays and tensors give tensors of the same number format and device, which carry no
+    gradient. ``fit`` works in float64, leaves torch's random state alone and may be called again.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ()
@@ -167,6 +167,28 @@ class Calibrator(ABC):
         where a probability is exactly 0.
         """
         return self._map(logits, features, self._logits)
+
+    def last_layer(
+        self,
+        features: Float[Tensor, "n d"],
+        weight: Float[Tensor, "k d"],
+        bias: Float[Tensor, " k"],
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Features, weight and bias of a last linear layer that gives the calibrated logits.
+
+        So a file of calibrated logits can carry a layer that belongs to them, for methods that read
+        features.
+
+        Args:
+            features: Inputs of the layer that gives the logits before calibration.
+            weight: Of that layer.
+            bias: Of that layer.
+
+        Returns:
+            None where there is no such layer, as for a temperature of each example.
+        """
+        self._require_fitted()
+        return None
 
     @property
     def is_fitted(self) -> bool:

@@ -117,6 +117,17 @@ class FeatureClipping(Calibrator):
         self.threshold_ = torch.tensor(chosen, dtype=torch.float64)
         self.weight_, self.bias_ = (part.cpu() for part in (weight, bias))
 
+    def last_layer(
+        self,
+        features: Float[Tensor, "n d"],
+        weight: Float[Tensor, "k d"],
+        bias: Float[Tensor, " k"],
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The layer as it is, on clipped features."""
+        self._require_fitted()
+        c = self.threshold
+        return features.clamp(-c, c), weight, bias
+
     def _logits(
         self, z: Float[Tensor, "b k"], features: Float[Tensor, "b d"] | None
     ) -> Float[Tensor, "b k"]:

@@ -26,6 +26,16 @@ class Identity(Calibrator):
     def _fit(self, data: FitData) -> None:
         pass
 
+    def last_layer(
+        self,
+        features: Float[Tensor, "n d"],
+        weight: Float[Tensor, "k d"],
+        bias: Float[Tensor, " k"],
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The layer as it is."""
+        self._require_fitted()
+        return features, weight, bias
+
     def _logits(
         self, z: Float[Tensor, "b k"], features: Float[Tensor, "b d"] | None
     ) -> Float[Tensor, "b k"]:

@@ -58,6 +58,21 @@ class Pipeline(Calibrator):
             z = stage.calibrated_logits(z, features=features)
         return z
 
+    def last_layer(
+        self,
+        features: Float[Tensor, "n d"],
+        weight: Float[Tensor, "k d"],
+        bias: Float[Tensor, " k"],
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The layer as the stages make it one after the other."""
+        self._require_fitted()
+        for stage in self.stages:
+            made = stage.last_layer(features, weight, bias)
+            if made is None:
+                return None
+            features, weight, bias = made
+        return features, weight, bias
+
     def _logits(
         self, z: Float[Tensor, "b k"], features: Float[Tensor, "b d"] | None
     ) -> Float[Tensor, "b k"]:

@@ -47,7 +47,8 @@ def save_calibrator(calibrator: Calibrator, path: Path | str) -> None:
         write_json(path, {**head, "state": values})
     elif path.suffix == ".safetensors":
         tensors = {name: value.contiguous() for name, value in state.items()}
-        data = save(tensors, metadata={"format": FORMAT, "calibrator": json.dumps(head)})
+        # one key: several would be written in random order, and files would differ
+        data = save(tensors, metadata={"calibrator": json.dumps(head)})
         write_atomic(path, lambda file: file.write(data))
     else:
         raise ConfigError(f"'{path}' must end in .safetensors or .json")

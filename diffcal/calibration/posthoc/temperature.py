@@ -68,6 +68,16 @@ class TemperatureScaling(Calibrator):
             )
         self.temperature_ = torch.tensor(found.temperature, dtype=torch.float64)
 
+    def last_layer(
+        self,
+        features: Float[Tensor, "n d"],
+        weight: Float[Tensor, "k d"],
+        bias: Float[Tensor, " k"],
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Weight and bias divided by the temperature."""
+        self._require_fitted()
+        return features, weight / self.temperature, bias / self.temperature
+
     def _logits(
         self, z: Float[Tensor, "b k"], features: Float[Tensor, "b d"] | None
     ) -> Float[Tensor, "b k"]:

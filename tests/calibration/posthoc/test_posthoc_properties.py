@@ -87,6 +87,9 @@ def test_contract(method, fitted, tmp_path):
     assert np.array_equal(array, p.numpy())
     for suffix in ("safetensors", "json"):
         save_calibrator(made, tmp_path / f"c.{suffix}")
+        save_calibrator(made, tmp_path / f"twin.{suffix}")
+        files = [(tmp_path / f"{name}.{suffix}").read_bytes() for name in ("c", "twin")]
+        assert files[0] == files[1]
         again = load_calibrator(tmp_path / f"c.{suffix}")
         assert type(again) is type(made)
         assert torch.equal(again.predict_proba(TZ, features=TH), p)
