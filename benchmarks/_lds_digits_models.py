@@ -90,6 +90,15 @@ def digits(first: int, count: int) -> Tensor:
     return torch.tensor(images[order], dtype=torch.float32)[:, None]
 
 
+def labels_of(first: int, count: int) -> Tensor:
+    """Classes of :func:`digits`."""
+    from numpy.random import RandomState
+
+    labels = load_digits().target
+    order = RandomState(0).permutation(len(labels))[first : first + count]
+    return torch.tensor(labels[order], dtype=torch.long)
+
+
 def subset_masks_of_recipe(count: int, n: int = 300) -> Tensor:
     """Halves of the training set: the first half of each permutation that RandomState(7) draws."""
     from numpy.random import RandomState
