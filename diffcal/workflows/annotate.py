@@ -41,6 +41,7 @@ from diffcal.mixing.prototypes import FeatureBatches, class_statistics
 from diffcal.mixing.quality import (
     real_residual_quantile,
 )
+from diffcal.models.encoders import FeatureEncoder
 from diffcal.workflows.annotation_config import AnnotationConfig, RealConfig
 from diffcal.workflows.annotation_tables import Labeller, quality_summary
 from diffcal.workflows.feature_cache import FeatureCache, FeatureShards
@@ -59,6 +60,7 @@ def annotate_run(
     run: Path,
     *,
     denoiser: Denoiser | str | None = None,
+    encoder: FeatureEncoder | None = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def annotate_run(
         config: What to fit and how.
         run: Run folder with finished ``generated``.
         denoiser: The run's denoiser (or its source), for encoders that look through it.
+        encoder: Use this one, at hand, in place of ``config.encoder``.
         device: ``auto``, ``cpu``, ``cuda`` ...
         overwrite: Start again if the folder holds an annotation with other settings.
 
@@ -100,7 +103,7 @@ def annotate_run(
     _check_classes(generated["class_names"], source)
     if isinstance(denoiser, str):
         denoiser = load_denoiser(denoiser, device=place)
-    encoder = build_encoder(
+    encoder = encoder or build_encoder(
         config.encoder, denoiser=denoiser, image_shape=source.image_shape, device=place
     )
     rows = _rows(source, config.real.first_row, config.real.rows)

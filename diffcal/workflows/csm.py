@@ -21,6 +21,7 @@ from diffcal.core.runs import read_json
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ArtifactError
 from diffcal.mixing.quality import FilterConfig
+from diffcal.models.encoders import FeatureEncoder
 from diffcal.workflows.annotate import AnnotationConfig, annotate_run, require_real_images
 from diffcal.workflows.generate import GenerateConfig, ModelConfig, generate, open_model
 from diffcal.workflows.preset_files import preset_config
@@ -64,6 +65,7 @@ def run_csm(
     run: Path | str,
     *,
     denoiser: Denoiser | None = None,
+    encoder: FeatureEncoder | None = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def run_csm(
     Args:
         denoiser: Use this one, already loaded, in place of ``config.generate.model``: any object with
             the members of :class:`~diffcal.diffusion.denoisers.Denoiser`.
+        encoder: Use this one in place of ``config.annotation.encoder``.
 
     Returns:
         The summaries of the stages by name.
@@ -86,7 +89,12 @@ def run_csm(
         config.generate, run, denoiser=denoiser, device=device, overwrite=overwrite
     )
     annotated = annotate_run(
-        config.annotation, run, denoiser=denoiser, device=device, overwrite=overwrite
+        config.annotation,
+        run,
+        denoiser=denoiser,
+        encoder=encoder,
+        device=device,
+        overwrite=overwrite,
     )
     published = run_publication(config, run, overwrite=overwrite)
     return {"generate": generated, "annotate": annotated, "publish": published}
@@ -111,20 +119,23 @@ def run_annotation(
     run: Path | str,
     *,
     denoiser: Denoiser | None = None,
+    encoder: FeatureEncoder | None = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Annotate a generated run (again); the images stay, and so do other annotations.
 
     Encoders that look through a denoiser take the run's own, given as ``denoiser`` or opened where the
-    run found it, unless ``annotation.encoder.source`` names another.
+    run found it, unless ``annotation.encoder.source`` names another. An ``encoder`` at hand goes
+    before ``config.annotation.encoder``.
 
     Raises:
         ArtifactError: there are no images, or the model there has other weights by now.
     """
     run = Path(run)
-    encoder = config.annotation.encoder
-    if encoder.kind in ("denoiser", "denoising_errors") and encoder.source is None:
+    asked = config.annotation.encoder
+    looks = asked.kind in ("denoiser", "denoising_errors") and asked.source is None
+    if encoder is None and looks:
         manifest = read_json(run / "generated" / "manifest.json")
         model = ModelConfig(**manifest["config"]["model"])
         denoiser = denoiser or _open(model, device)
@@ -134,7 +145,12 @@ def run_annotation(
                 "it back, or name another encoder with annotation.encoder.source"
             )
     return annotate_run(
-        config.annotation, run, denoiser=denoiser, device=device, overwrite=overwrite
+        config.annotation,
+        run,
+        denoiser=denoiser,
+        encoder=encoder,
+        device=device,
+        overwrite=overwrite,
     )
 
 

@@ -177,6 +177,16 @@ def test_a_second_annotation_encodes_nothing_again_and_leaves_the_first(run, mon
     assert max(released["third_mass"].to_pylist()) > 0.01
 
 
+def test_an_encoder_at_hand_goes_before_the_configured_one(run):
+    nowhere = replace(PIXELS, encoder=EncoderConfig(kind="classifier", source="nowhere"))
+    annotate_run(replace(nowhere, name="hand"), run, encoder=PixelEncoder((8, 8, 1)), device="cpu")
+    annotate_run(PIXELS, run, device="cpu")
+    labels = [annotated(run, name)["soft_label"] for name in ("hand", "kclass_posterior")]
+    assert labels[0].equals(labels[1])
+    manifest = json.loads((run / "annotations/hand/manifest.json").read_text("utf-8"))
+    assert manifest["encoder"]["encoder"] == "pixels"
+
+
 @pytest.mark.parametrize("stop_after", [1, 4, 8, 11])
 def test_interrupted_anywhere_the_result_is_the_same(tmp_path, monkeypatch, stop_after):
     whole, broken = (write_generated(tmp_path / name) for name in ("whole", "broken"))
