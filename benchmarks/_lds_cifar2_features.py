@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffcal.attribution.featurise import FeatureConfig, Features, Featuriser
-from diffcal.attribution.journey import journey_features
+from diffcal.attribution.journey import path_features
 from diffcal.attribution.projection import ProjectionConfig
 from diffcal.core.rng import item_normal
 from diffcal.diffusion.checkpoints import load_denoiser
 from diffcal.diffusion.denoisers import Denoiser
-from diffcal.diffusion.samplers import SamplerConfig, sample
+from diffcal.diffusion.samplers import sample
 from diffcal.workflows.das_images import open_queries
 from diffcal.workflows.das_lds_config import LdsConfig
 
@@ -124,9 +124,10 @@ def _images(config: LdsConfig, out: Path, denoiser: Denoiser) -> dict[str, Tenso
     """Clean samples of training images and of both kinds of queries."""
     count = config.data.rows
     assert count is not None
-    opened = {"training": open_queries(config.data.name, denoiser, rows=count)}
-    for kind in KINDS:
-        opened[kind] = open_queries(str(out / "queries" / f"{kind}.parquet"), denoiser)
+    opened = {
+        kind: open_queries(str(out / "queries" / f"{kind}.parquet"), denoiser) for kind in KINDS
+    }
+    opened["training"] = open_queries(config.data.name, denoiser, rows=count)
     return {role: denoiser.encode(x.images(range(len(x)))) for role, x in opened.items()}
 
 
@@ -168,12 +169,14 @@ def read_rows(out: Path, name: str, role: str) -> Tensor:
     return _joined(out / "features" / name / role)["vectors"]
 
 
-def has_features(out: Path, name: str, groups: Iterable[str]) -> bool:
+def has_features(config: LdsConfig, out: Path, name: str, groups: Iterable[str]) -> bool:
     """Whether a set is complete."""
+    sizes = {kind: getattr(config.queries, kind) for kind in KINDS} | {"training": config.data.rows}
     for group in groups:
         source = f"{name}-many" if group in ("t20", "t100") else name
-        for role in ("training", *KINDS):
-            if not list((out / "features" / source / group / role).glob("*.safetensors")):
+        for role, count in sizes.items():
+            folder = out / "features" / source / group / role
+            if len(list(folder.glob("*.safetensors"))) < -(-count // BLOCK):
                 return False
     return True
 
@@ -205,14 +208,12 @@ def _write_journey(config: LdsConfig, out: Path) -> None:
     """Loss gradients at the clean images that the sampler predicted, noised again at their level."""
     denoiser = load_denoiser(out / "models" / "base" / "checkpoint", device="cpu")
     sampler = config.queries.sampler
-    count, shape = config.queries.generated, denoiser.sample_shape
-
-    def draw(stream: str, rows: range) -> Tensor:
-        return torch.stack([item_normal(config.queries.seed, stream, i, shape) for i in rows])
+    seed, shape = config.queries.seed, denoiser.sample_shape
 
     def compute(_: Tensor, rows: range) -> dict[str, Tensor]:
         path: list[tuple[float, Tensor]] = []
-        start = draw("lds-query", rows)  # the noise that the queries were drawn from
+        # The noise that the queries were drawn from.
+        start = torch.stack([item_normal(seed, "lds-query", i, shape) for i in rows])
         sample(
             denoiser,
             start,
@@ -220,21 +221,12 @@ def _write_journey(config: LdsConfig, out: Path) -> None:
             sampler,
             on_step=lambda _i, sigma, _x, denoised: path.append((sigma, denoised.float())),
         )
-        chosen = FeatureSet("loss", "shared")
-        settings = feature_config(chosen, (0,)).__dict__ | {"sigmas": tuple(s for s, _ in path)}
-        featuriser = Featuriser(denoiser, FeatureConfig(**settings), batch_rows=80)
-        steps = [
-            featuriser.rows(
-                denoised, draw(f"journey|{step}", rows), torch.full((len(rows),), step)
-            ).vectors
-            for step, (_, denoised) in enumerate(path)
-        ]
-        return {"vectors": journey_features(steps)}
+        settings = replace(
+            feature_config(FeatureSet("loss", "independent"), (0,)),
+            sigmas=tuple(sigma for sigma, _ in path),
+        )
+        denoised = torch.stack([clean for _, clean in path])
+        return {"vectors": path_features(Featuriser(denoiser, settings), denoised, rows)}
 
-    empty = torch.zeros(count, *shape)
+    empty = torch.zeros(config.queries.generated, *shape)
     _write_blocks(out / "features" / "journey" / "generated", empty, compute)
-
-
-def sampler_steps(sampler: SamplerConfig) -> int:
-    """Steps of the path that Journey-TRAK follows."""
-    return sampler.steps

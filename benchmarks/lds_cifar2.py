@@ -158,7 +158,7 @@ def train(out: Path, *, base_only: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="LDS on CIFAR-2; see PROTOCOL.md")
     parser.add_argument("stage", choices=("base", "train", "features", "judge"))
     parser.add_argument("--train", type=Path, help="CIFAR-10 training images, Parquet")
     parser.add_argument("--test", type=Path, help="CIFAR-10 test images, Parquet")
