@@ -13,7 +13,7 @@ from diffcal.errors import ConfigError
 __all__ = ["SJLT", "bucket_sums"]
 
 TILE = 1 << 18  # coordinates whose buckets are hashed together; values do not depend on it
-PIECE = 1 << 15  # hashing runs in pieces that stay in cache
+PIECE = 1 << 15  # on a CPU, hashing runs in pieces that stay in cache
 KEPT_COORDINATES = 1 << 28  # buckets stay in memory (4 bytes a coordinate) up to this many
 
 
@@ -47,9 +47,11 @@ class SJLT(Projector):
         ``dim`` more with a minus sign."""
         width = self.dim // self.nonzeros
         keys = hash_keys(self.seed, "projection-sjlt", group)
+        # Small pieces stay in a CPU's cache; a GPU would spend its time on starting them.
+        size = PIECE if torch.device(device).type == "cpu" else TILE
         pieces = []
-        for first in range(start, stop, PIECE):
-            counters = torch.arange(first, min(first + PIECE, stop), device=device)
+        for first in range(start, stop, size):
+            counters = torch.arange(first, min(first + size, stop), device=device)
             # The product with 2·width takes bucket and sign from the leading bits, without bias.
             slot = (hash_bits(counters, keys) * (2 * width)) >> 32
             slot = torch.where(slot < width, slot, slot + (self.dim - width))

@@ -37,7 +37,7 @@ def candidate_scores(
     Raises:
         DataError: a candidate is not a training row.
     """
-    rows = as_rows(rows)
+    rows, candidates = as_rows(rows), candidates.cpu()
     if candidates.numel() and not 0 <= int(candidates.min()) <= int(candidates.max()) < len(rows):
         raise DataError(f"candidates must be training rows 0 to {len(rows) - 1}")
     if residual is not None and len(residual) != len(rows):
