@@ -1,5 +1,6 @@
 """AdaFocal: a gamma for each range of confidence, corrected by the calibration error it leaves."""
 
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
@@ -12,7 +13,7 @@ from diffcal.calibration.losses.epoch_loss import EpochEnd, EpochLoss
 from diffcal.calibration.losses.focal import of_each_class
 from diffcal.errors import ConfigError, DataError
 
-__all__ = ["AdaFocal", "adafocal", "next_gammas"]
+__all__ = ["AdaFocal", "adafocal", "after_epoch", "next_gammas"]
 
 
 def adafocal(
@@ -129,25 +130,52 @@ class AdaFocal(EpochLoss):
         Raises:
             ConfigError: no validation examples.
         """
-        if end.logits is None or end.labels is None or len(end.labels) == 0:
-            raise ConfigError("adafocal adapts to validation examples and got none")
-        p, best = end.logits.double().cpu().softmax(dim=1).max(dim=1)
-        right = (best == end.labels.cpu()).double()
-        edges, bins = self.edges.double().cpu(), len(self.gammas)
-        place = torch.bucketize(p, edges[1:-1].contiguous())
-        count = torch.bincount(place, minlength=bins)
-        gaps = torch.bincount(place, weights=p - right, minlength=bins) / count.clamp(min=1)
-        moved = next_gammas(
-            self.gammas.double().cpu(),
-            gaps,
-            rate=self.rate,
-            switch=self.switch,
-            lowest=self.lowest,
-            highest=self.highest,
+        gammas, edges = after_epoch(
+            self.gammas,
+            self.edges,
+            end,
+            lambda gammas, gaps: next_gammas(
+                gammas,
+                gaps,
+                rate=self.rate,
+                switch=self.switch,
+                lowest=self.lowest,
+                highest=self.highest,
+            ),
         )
-        self.gammas.copy_(torch.where(count > 0, moved, self.gammas.double().cpu()))
-        # edges between order statistics: quantile() refuses more than 16 million values
-        at = torch.linspace(0, len(p) - 1, bins + 1, dtype=torch.float64)
-        ascending, low = p.sort().values, at.floor().long()
-        high = (low + 1).clamp(max=len(p) - 1)
-        self.edges.copy_(torch.lerp(ascending[low], ascending[high], at - low))
+        self.gammas.copy_(gammas)
+        self.edges.copy_(edges)
+
+
+def after_epoch(
+    gammas: Float[Tensor, " m"],
+    edges: Float[Tensor, " m1"],
+    end: EpochEnd,
+    rule: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " m1"]]:
+    """Gammas moved by the gaps of validation confidences in their bins, and new edges of equal mass.
+
+    Args:
+        gammas: Of each bin.
+        edges: Of the bins.
+        end: With validation examples.
+        rule: Gammas and gaps (mean confidence less accuracy), float64 on the CPU, to next gammas;
+            bins without examples keep theirs.
+
+    Raises:
+        ConfigError: no validation examples.
+    """
+    if end.logits is None or end.labels is None or len(end.labels) == 0:
+        raise ConfigError("the loss adapts to validation examples and got none")
+    p, best = end.logits.double().cpu().softmax(dim=1).max(dim=1)
+    right = (best == end.labels.cpu()).double()
+    before, bins = gammas.double().cpu(), len(gammas)
+    place = torch.bucketize(p, edges[1:-1].double().cpu().contiguous())
+    count = torch.bincount(place, minlength=bins)
+    gaps = torch.bincount(place, weights=p - right, minlength=bins) / count.clamp(min=1)
+    moved = torch.where(count > 0, rule(before, gaps), before)
+    # edges between order statistics: quantile() refuses more than 16 million values
+    at = torch.linspace(0, len(p) - 1, bins + 1, dtype=torch.float64)
+    ascending, low = p.sort().values, at.floor().long()
+    high = (low + 1).clamp(max=len(p) - 1)
+    return moved, torch.lerp(ascending[low], ascending[high], at - low)

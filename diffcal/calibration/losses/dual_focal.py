@@ -1,5 +1,6 @@
 """Dual focal loss: focal loss that also looks at the best class below the true one."""
 
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
@@ -12,7 +13,7 @@ from diffcal.calibration.losses.expectation import check_gamma, expected_loss
 from diffcal.calibration.losses.row_blocks import in_blocks
 from diffcal.calibration.losses.row_statistics import row_statistics
 
-__all__ = ["DualFocal", "DualFocalGra", "dual_focal", "dual_focal_gra"]
+__all__ = ["DualFocal", "DualFocalGra", "dual_focal", "dual_focal_gra", "of_true_and_below"]
 
 FEW = 4
 """Classes with mass up to which each is taken as a hard label."""
@@ -54,7 +55,7 @@ def dual_focal(
     def loss(log_p: Tensor, below: Tensor) -> Tensor:
         return -safe_power(below.exp() - log_p.expm1(), gamma) * log_p
 
-    return reduced(_dual(rows, loss), rows, contract)
+    return reduced(of_true_and_below(rows, loss), rows, contract)
 
 
 def dual_focal_gra(
@@ -84,7 +85,7 @@ def dual_focal_gra(
         weight_log_p = log_p if released else log_p.detach()
         return -safe_power(below.detach().exp() - weight_log_p.expm1(), gamma) * log_p
 
-    return reduced(_dual(rows, loss), rows, contract)
+    return reduced(of_true_and_below(rows, loss), rows, contract)
 
 
 class DualFocal(RowLoss):
@@ -118,7 +119,7 @@ class DualFocalGra(RowLoss):
         )
 
 
-def _dual(rows: Rows, loss) -> Tensor:  # type: ignore[no-untyped-def]
+def of_true_and_below(rows: Rows, loss: Callable[[Tensor, Tensor], Tensor]) -> Float[Tensor, " n"]:
     """``loss(l_y, l_j)`` of each row; the expectation over y for soft targets."""
     if rows.soft is None:
         statistics = row_statistics(rows, below=True)
@@ -128,7 +129,7 @@ def _dual(rows: Rows, loss) -> Tensor:  # type: ignore[no-untyped-def]
     if few is not None:
         total = rows.logits.new_zeros(len(rows.logits))
         for mass, labels in zip(*(part.unbind(1) for part in few), strict=True):
-            values = _dual(Rows(rows.logits, labels, None, None, rows.shape), loss)
+            values = of_true_and_below(Rows(rows.logits, labels, None, None, rows.shape), loss)
             total = total + torch.where(mass > 0, mass * values, 0)
         return total
     return expected_loss(rows, lambda z, log_p, dim: loss(log_p, _below_each_class(z, log_p, dim)))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from diffcal.calibration.losses.adafocal import AdaFocal
+from diffcal.calibration.losses.adaptive_dual_focal import AdaDualFocal, DualFlsd
 from diffcal.calibration.losses.bsce import Bsce, BsceGra
 from diffcal.calibration.losses.confidence_frequency import Dca, Mdca
 from diffcal.calibration.losses.contract import Contract
@@ -37,6 +38,8 @@ LOSSES: dict[str, type[nn.Module]] = {
     "adafocal": AdaFocal,  # state across epochs, reads validation examples
     "inverse_focal": InverseFocal,
     "dual_focal": DualFocal,
+    "dual_flsd": DualFlsd,
+    "ada_dual_focal": AdaDualFocal,  # state across epochs, reads validation examples
     # weights by the Brier score, and weights held constant
     "bsce": Bsce,
     "bsce_gra": BsceGra,
@@ -79,6 +82,8 @@ _OTHER_NAMES = {
     "dual_focal_loss_gra": "dual_focal_gra",
     "focal_loss_gra": "focal_gra",
     "ada_focal": "adafocal",
+    "adadualfocal": "ada_dual_focal",
+    "dual_focal_loss_sd": "dual_flsd",
     "tlbs": "tlbs_gra",
     "mmce_w": "weighted_mmce",
     "mmce_weighted": "weighted_mmce",

@@ -1,5 +1,6 @@
 """Losses with state across epochs: their updates, their checkpoints, and the trainer that calls them."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from accelerate import Accelerator
 from sklearn.datasets import load_digits
 
 from diffcal.calibration.losses.adafocal import AdaFocal, adafocal, next_gammas
+from diffcal.calibration.losses.adaptive_dual_focal import AdaDualFocal, dual_flsd
+from diffcal.calibration.losses.dual_focal import dual_focal
 from diffcal.calibration.losses.epoch_loss import EpochEnd
 from diffcal.calibration.losses.focal import focal
 from diffcal.calibration.losses.ranking import Crl, crl_term
@@ -71,6 +74,56 @@ def test_adafocal_follows_validation_and_survives_a_checkpoint():
     torch.testing.assert_close(other(z, y), loss(z, y), rtol=0, atol=0)
     expected = adafocal(z, y, gammas=loss.gammas, edges=loss.edges)
     torch.testing.assert_close(loss(z, y), expected, rtol=0, atol=0)
+
+
+def test_ada_dual_focal_follows_validation_on_the_gap():
+    loss = AdaDualFocal(bins=5)
+    logits, labels = overconfident()
+    z, y = logits[:50].double(), labels[:50]
+    torch.testing.assert_close(loss(z, y), dual_focal(z, y, gamma=1.0), rtol=1e-12, atol=0)
+    twin = AdaFocal(bins=5)
+    for part in (loss, twin):
+        part.end_epoch(EpochEnd(0.5, logits, labels))
+    # the first step of the common rule, and its edges
+    torch.testing.assert_close(loss.gammas, twin.gammas, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.edges, twin.edges, rtol=0, atol=0)
+    # beside a plain loop: the gamma of the bin that holds p_y - p_j
+    p = z.softmax(1)
+    values = []
+    for row, label in zip(p.tolist(), y.tolist(), strict=True):
+        below = max((q for q in row if q < row[label] - 1e-12), default=0.0)
+        gap = row[label] - below
+        place = int((loss.edges[1:-1].double() < gap).sum())
+        values.append(-((1 - gap) ** float(loss.gammas[place])) * math.log(row[label]))
+    torch.testing.assert_close(
+        loss(z, y), torch.tensor(values).double().mean(), rtol=1e-6, atol=1e-9
+    )
+    for _ in range(60):
+        loss.end_epoch(EpochEnd(1.0, logits, labels))
+    # under-confident bins lose their weight but never turn round
+    assert 0 < float(loss.gammas[0]) < 0.1
+    assert float(loss.gammas[4]) == 20.0
+    other = AdaDualFocal(bins=5)
+    other.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(other(z, y), loss(z, y), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="0 < initial <= highest"):
+        AdaDualFocal(initial=-1.0)
+
+
+def test_dual_flsd_takes_its_gamma_from_the_gap():
+    # gaps of the true class to the runner-up below it: 0.1, 0.3, 0.5 (an edge) and 0.8
+    probs = torch.tensor(
+        [[0.5, 0.4, 0.1], [0.6, 0.3, 0.1], [0.7, 0.2, 0.1], [0.9, 0.1, 0.0]], dtype=torch.float64
+    )
+    z, y = probs.clamp(min=1e-12).log(), torch.zeros(4).long()
+    gammas = [5.0, 3.0, 1.5, 1.5]
+    found = dual_flsd(z, y, gamma=1.5, reduction="none")
+    for i, gamma in enumerate(gammas):
+        expected = dual_focal(z[i : i + 1], y[:1], gamma=gamma, reduction="none")
+        if i != 2:  # rounding decides at an edge
+            torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-9, atol=0)
+    with pytest.raises(ConfigError, match="gamma"):
+        dual_flsd(z, y, gamma=-1.0)
 
 
 def test_crl_keeps_records_by_example():
