@@ -330,7 +330,8 @@ def figure(
 
     names = names or {}
     heights = [len(dict.fromkeys(r["method"] for r in records)) for _, records in panels]
-    drawing = Figure(figsize=(10, 0.27 * sum(heights) + 0.9 * len(panels) + 0.6))
+    size = (10, 0.25 * sum(heights) + 0.8 * len(panels) + 0.8)
+    drawing = Figure(figsize=size, layout="constrained")
     grid = drawing.subplots(
         len(panels),
         len(tracks),
@@ -383,6 +384,7 @@ def figure(
     for axes in drawing.axes:
         for mark, label in zip(*axes.get_legend_handles_labels(), strict=True):
             marks.setdefault(label, mark)
-    grid[0][-1].legend(list(marks.values()), list(marks), fontsize=8, loc="lower left")
-    drawing.tight_layout()
+    drawing.legend(
+        list(marks.values()), list(marks), fontsize=9, loc="outside upper right", ncols=len(marks)
+    )
     drawing.savefig(path, dpi=130)
