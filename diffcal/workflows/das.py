@@ -161,7 +161,7 @@ def counterfactual(
     device: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """What retraining without the top images does; see :func:`~.das_counterfactual.run_counterfactual`."""
+    """What retraining without the top images changes; see :mod:`~.das_counterfactual`."""
     return run_counterfactual(config, Path(out), device=device, overwrite=overwrite)
 
 
