@@ -1,21 +1,27 @@
 """Speed and memory of calibration metrics beside torchmetrics and netcal, in one run.
 
-    python benchmarks/metrics_speed.py [--sizes 1000000x10 50000x1000] [--repeats 3] [--out FILE.json]
+    python benchmarks/metrics_speed.py [--sizes 1000000x10 50000x1000] [--repeats 5] [--out FILE.json]
 
-From float32 logits and hard labels. Every timing runs in a process of its own that first makes the
-data and warms up on a thousand rows; the peers get what they take (torchmetrics the logits; netcal
-probabilities, whose softmax is not counted). ``same_*`` compares the measures that a peer has:
-torchmetrics accuracy, ECE, RMSCE and MCE; netcal ECE, equal-mass ECE, MCE and average error
-(its MMCE is left out: the kernel matrix of a million examples needs 8 TB). ``summary`` is all
-that ``calibration_summary`` returns. Peak memory is the growth of the process's resident set over the
-inputs while measuring, as a multiple of the logits; for netcal the float32 probabilities count as
-inputs too.
+Hard labels and float32 logits, of a model 1.5 times over-confident. Measures are those that a peer
+has: of torchmetrics accuracy, ECE, RMSCE and MCE, from logits; of netcal ECE, MCE and average error
+(its ACE), each over 15 bins of equal width and of equal mass. netcal takes probabilities only, so
+that it is compared twice: both from ready probabilities, and both from logits, with a softmax counted
+for netcal. Its MMCE is left out, whose kernel matrix of 50,000 examples needs 20 GB. ``summary`` is
+all that ``calibration_summary`` returns.
+
+Every task is timed once in each repeat, in turn, in one process, so that a change of the machine's
+load meets all of them; ``seconds`` are medians by the clock, ``cpu_seconds`` of processor time, and
+ratios are medians of the ratios within a repeat. ``floor_read`` is the largest and smallest logit
+(reading them once), ``floor_exp`` one float64 exponential of each in blocks that fit the cache, which
+any confidence in float64 needs. Peak memory is the growth of the resident set in the first call at
+full size, as a multiple of the logits (``peak_over_input``); logits, labels and the probabilities that
+are given count as inputs. Each size has a process of its own.
 """
 
 import argparse
+import ctypes
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -24,19 +30,33 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+from _environment import environment
 
-TASKS = (
-    "ours_same_torchmetrics",
-    "torchmetrics",
-    "ours_same_netcal",
-    "netcal",
-    "ours_summary",
-    "ours_intervals",
+from diffcal.calibration.metrics.binned import (
+    average_calibration_error,
+    expected_calibration_error,
+    maximum_calibration_error,
 )
+from diffcal.calibration.metrics.inputs import Predictions
+from diffcal.calibration.metrics.summary import calibration_summary, evaluate
+
+FROM_PROBS = ("ours_as_netcal", "netcal")
+RATIOS = {
+    "torchmetrics_over_ours": ("torchmetrics", "ours_as_torchmetrics"),
+    "torchmetrics_over_our_whole_summary": ("torchmetrics", "ours_summary"),
+    "netcal_over_ours_from_probabilities": ("netcal", "ours_as_netcal"),
+    "netcal_over_ours_from_logits": ("netcal_from_logits", "ours_as_netcal_from_logits"),
+    "netcal_over_our_whole_summary": ("netcal_from_logits", "ours_summary"),
+    "ours_over_reading": ("ours_as_torchmetrics", "floor_read"),
+    "ours_over_exponentials": ("ours_as_torchmetrics", "floor_exp"),
+}
+N_BINS = 15
+
+Task = Callable[[torch.Tensor, torch.Tensor], dict[str, float]]
 
 
 def make_data(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,55 +69,70 @@ def make_data(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, labels
 
 
-def ours(names: tuple[str, ...]) -> Callable[[torch.Tensor, torch.Tensor], dict[str, float]]:
-    from diffcal.calibration.metrics.summary import evaluate
-
-    return lambda z, y: evaluate(logits=z, labels=y, measures=names).values_only
+def ours_as_torchmetrics(z: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    return evaluate(logits=z, labels=y, measures=("accuracy", "ece", "rmsce", "mce")).values_only
 
 
-def task_function(name: str) -> Callable[[torch.Tensor, torch.Tensor], dict[str, float]]:
-    if name == "ours_same_torchmetrics":
-        return ours(("accuracy", "ece", "rmsce", "mce"))
-    if name == "ours_same_netcal":
-        return ours(("ece", "ece_mass", "mce", "average_ce"))
-    if name == "ours_summary":
-        from diffcal.calibration.metrics.summary import calibration_summary
+def torchmetrics(z: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_calibration_error,
+    )
 
-        return lambda z, y: calibration_summary(logits=z, labels=y)
-    if name == "ours_intervals":
-        from diffcal.calibration.metrics.summary import evaluate
+    k = z.shape[1]
+    values = {"accuracy": float(multiclass_accuracy(z, y, k, average="micro"))}
+    for key, norm in (("ece", "l1"), ("rmsce", "l2"), ("mce", "max")):
+        values[key] = float(multiclass_calibration_error(z, y, k, N_BINS, norm))
+    return values
 
-        names = ("accuracy", "nll", "brier", "ece", "mce", "smece", "ks", "aurc")
-        return lambda z, y: {
-            key: entry.high or 0.0
-            for key, entry in evaluate(logits=z, labels=y, measures=names, n_resamples=1000).items()
-        }
-    if name == "torchmetrics":
-        from torchmetrics.functional.classification import (
-            multiclass_accuracy,
-            multiclass_calibration_error,
-        )
 
-        def peer(z: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-            k = z.shape[1]
-            values = {"accuracy": multiclass_accuracy(z, y, k, average="micro")}
-            for key, norm in (("ece", "l1"), ("rmsce", "l2"), ("mce", "max")):
-                values[key] = multiclass_calibration_error(z, y, k, 15, norm)
-            return {key: float(value) for key, value in values.items()}
+def as_netcal(made: Predictions) -> dict[str, float]:
+    return {
+        "ece": expected_calibration_error(made, N_BINS),
+        "ece_mass": expected_calibration_error(made, N_BINS, "mass"),
+        "average_ce": average_calibration_error(made, N_BINS),
+        "average_ce_mass": average_calibration_error(made, N_BINS, "mass"),
+        "mce": maximum_calibration_error(made, N_BINS),
+        "mce_mass": maximum_calibration_error(made, N_BINS, "mass"),
+    }
 
-        return peer
+
+def netcal(p: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
     from netcal.metrics import ACE, ECE, MCE
 
-    def netcal(p: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-        probs, labels = p.numpy(), y.numpy()
-        return {
-            "ece": float(ECE(15).measure(probs, labels)),
-            "ece_mass": float(ECE(15, equal_intervals=False).measure(probs, labels)),
-            "mce": float(MCE(15).measure(probs, labels)),
-            "average_ce": float(ACE(15).measure(probs, labels)),
-        }
+    probs, labels = p.numpy(), y.numpy()
+    values = {}
+    for name, measure in (("ece", ECE), ("average_ce", ACE), ("mce", MCE)):
+        values[name] = float(measure(N_BINS).measure(probs, labels))
+        made = measure(N_BINS, equal_intervals=False).measure(probs, labels)
+        values[f"{name}_mass"] = float(made)
+    return values
 
-    return netcal
+
+def floor_exp(z: torch.Tensor, _: torch.Tensor) -> dict[str, float]:
+    total = 0.0
+    for block in z.flatten().split(1 << 16):
+        e = block.numpy().astype(np.float64)
+        total += float(np.exp(e, out=e)[0])
+    return {"first_of_blocks": total}
+
+
+def floor_read(z: torch.Tensor, _: torch.Tensor) -> dict[str, float]:
+    low, high = z.aminmax()
+    return {"low": float(low), "high": float(high)}
+
+
+TASKS: dict[str, Task] = {
+    "ours_as_torchmetrics": ours_as_torchmetrics,
+    "torchmetrics": torchmetrics,
+    "ours_as_netcal": lambda p, y: as_netcal(Predictions(probs=p, labels=y)),
+    "netcal": netcal,
+    "ours_as_netcal_from_logits": lambda z, y: as_netcal(Predictions(logits=z, labels=y)),
+    "netcal_from_logits": lambda z, y: netcal(z.softmax(1), y),
+    "ours_summary": lambda z, y: calibration_summary(logits=z, labels=y),
+    "floor_read": floor_read,
+    "floor_exp": floor_exp,
+}
 
 
 class PeakMemory:
@@ -124,73 +159,77 @@ class PeakMemory:
         return pages * resource.getpagesize()
 
 
-def run_task(name: str, n: int, k: int, repeats: int) -> dict[str, object]:
-    warnings.simplefilter("ignore")
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can, so that growth counts from 0."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def run_size(n: int, k: int, repeats: int) -> dict[str, dict[str, object]]:
     z, y = make_data(n, k)
-    if name == "netcal":
-        z = z.softmax(1)
-    function = task_function(name)
-    function(z[:1000], y[:1000])
-    with PeakMemory() as memory:
-        values = function(z, y)
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function(z, y)
-        seconds.append(time.perf_counter() - begin)
+    p = z.softmax(1)
+    result: dict[str, dict[str, object]] = {}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in TASKS}
+    for name, task in TASKS.items():
+        given = p if name in FROM_PROBS else z
+        task(given[:1000], y[:1000])
+        trim_heap()
+        with PeakMemory() as memory:
+            values = task(given, y)
+        grown = memory.peak - memory.start
+        result[name] = {"values": values, "peak_over_input": grown / (4 * z.numel())}
+    for repeat in range(repeats):
+        for name, task in TASKS.items():
+            given = p if name in FROM_PROBS else z
+            clock, cpu = time.perf_counter(), time.process_time()
+            task(given, y)
+            taken = time.perf_counter() - clock, time.process_time() - cpu
+            print(f"{n}x{k} {repeat + 1}/{repeats} {name}: {taken}", file=sys.stderr, flush=True)
+            times[name].append(taken)
+    for name, pairs in times.items():
+        clock, cpu = zip(*pairs, strict=True)
+        medians = {"seconds": statistics.median(clock), "cpu_seconds": statistics.median(cpu)}
+        result[name] = {**medians, "cpu_each": cpu, **result[name]}
+    return result
+
+
+def ratio(tasks: dict[str, dict[str, object]], peer: str, own: str) -> dict[str, float]:
+    pairs = zip(tasks[peer]["cpu_each"], tasks[own]["cpu_each"], strict=True)  # type: ignore[call-overload]
     return {
-        "seconds": statistics.median(seconds),
-        "fastest": min(seconds),
-        "slowest": max(seconds),
-        "peak_bytes": memory.peak - memory.start,
-        "peak_over_input": (memory.peak - memory.start) / (z.numel() * z.element_size()),
-        "values": values,
+        "cpu": statistics.median(a / b for a, b in pairs),
+        "clock": tasks[peer]["seconds"] / tasks[own]["seconds"],  # type: ignore[operator]
     }
+
+
+def child(*arguments: str) -> dict[str, object]:
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["1000000x10", "50000x1000"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.task:
+    warnings.simplefilter("ignore")
+    if args.one:
         n, k = (int(part) for part in args.sizes[0].split("x"))
-        print(json.dumps(run_task(args.task, n, k, args.repeats)))
+        print(json.dumps(run_size(n, k, args.repeats)))
         return
-    result: dict[str, object] = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg(),
-        "versions": {name: version(name) for name in ("torch", "torchmetrics", "netcal", "numpy")},
-        "repeats": args.repeats,
-    }
+    result = environment(packages=("torchmetrics", "netcal"))
+    result["repeats"] = args.repeats
     for size in args.sizes:
-        tasks = {}
-        for name in TASKS:
-            command = [sys.executable, __file__, "--task", name, "--sizes", size]
-            command += ["--repeats", str(args.repeats)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            tasks[name] = json.loads(done.stdout.splitlines()[-1])
-        seconds = {name: task["seconds"] for name, task in tasks.items()}
-        result[size] = {
-            "ratios": {
-                "torchmetrics_over_ours": seconds["torchmetrics"]
-                / seconds["ours_same_torchmetrics"],
-                "netcal_over_ours": seconds["netcal"] / seconds["ours_same_netcal"],
-                "torchmetrics_over_our_whole_summary": seconds["torchmetrics"]
-                / seconds["ours_summary"],
-                "netcal_over_our_whole_summary": seconds["netcal"] / seconds["ours_summary"],
-            },
-            "tasks": tasks,
-        }
-    result["load_after"] = os.getloadavg()
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+        tasks = child("--one", "--sizes", size, "--repeats", str(args.repeats))
+        ratios = {name: ratio(tasks, *pair) for name, pair in RATIOS.items()}  # type: ignore[arg-type]
+        result[size] = {"ratios": ratios, "tasks": tasks}
+        result["load_after"] = round(os.getloadavg()[0], 2)
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffcal.calibration.metrics.histogram import ConfidenceHistogram
 from diffcal.calibration.metrics.inputs import Confidences
 from diffcal.calibration.metrics.profile import Profile, segment_sums
 from diffcal.errors import ConfigError
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 SELECTIONS = 64  # order statistics above which sorting is quicker than selecting
+
+HISTOGRAM_FROM = 1 << 16  # examples from which a fine histogram is quicker than single examples
 
 Scheme = Literal["width", "mass", "rank"]
 
@@ -102,15 +105,13 @@ def mass_edges(profile: Profile, n_bins: int) -> Float[Tensor, " m1"]:
     The sorted examples are split into ``min(n_bins, n)`` groups whose sizes differ by at most one,
     larger groups first.
     """
-    ends = _inner_ends(int(profile.total), n_bins)
-    ranks = torch.cat([ends - 1, ends]).to(profile.confidence.device)
+    ranks = _around(int(profile.total), n_bins).to(profile.confidence.device)
     return _midpoints(profile.quantile_values(ranks))
 
 
 def mass_edges_of_values(values: Float[Tensor, " n"], n_bins: int) -> Float[Tensor, " m1"]:
     """:func:`mass_edges` of unsorted values, by selection where that is quicker than sorting."""
-    ends = _inner_ends(len(values), n_bins)
-    ranks = torch.cat([ends - 1, ends])
+    ranks = _around(len(values), n_bins)
     if values.device.type != "cpu":
         return _midpoints(values.sort().values[ranks.to(values.device)])
     if len(ranks) > SELECTIONS:
@@ -119,12 +120,14 @@ def mass_edges_of_values(values: Float[Tensor, " n"], n_bins: int) -> Float[Tens
     return _midpoints(torch.from_numpy(picked)[ranks])
 
 
-def _inner_ends(n: int, n_bins: int) -> Int[Tensor, " j"]:
+def _around(n: int, n_bins: int) -> Int[Tensor, " j2"]:
+    """Ranks of the last examples of all groups but one, then those of the first ones of the next."""
     _require_bins(n_bins)
     groups = min(n_bins, n)
     sizes = torch.full((groups,), n // groups, dtype=torch.int64)
     sizes[: n % groups] += 1
-    return sizes.cumsum(0)[:-1]
+    ends = sizes.cumsum(0)[:-1]
+    return torch.cat([ends - 1, ends])
 
 
 def _midpoints(around: Float[Tensor, " j2"]) -> Float[Tensor, " m1"]:
@@ -187,6 +190,8 @@ def _bin_sums(scores: Confidences, n_bins: int, scheme: str, compat: str | None)
     c = scores.confidence
     if compat is not None:
         return _peer_sums(c, scores.outcome, n_bins, scheme, compat)
+    if scheme in ("width", "mass") and len(c) >= HISTOGRAM_FROM:
+        return _sums_of_histogram(scores, n_bins, scheme)
     if scheme == "width":
         edges = width_edges(n_bins, c.device)
         return _sums_of_pieces(scores, edges, lambda part: assign_width(part, n_bins))
@@ -212,6 +217,16 @@ def _bin_sums(scores: Confidences, n_bins: int, scheme: str, compat: str | None)
         edges = torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)])
         return _sums(ordered, t[order], index, edges)
     raise ConfigError(f"unknown binning scheme '{scheme}': use width, mass or rank")
+
+
+def _sums_of_histogram(scores: Confidences, n_bins: int, scheme: str) -> BinSums:
+    """Sums over bins of many examples, from one fine histogram for all numbers of bins."""
+    table = scores.cached("histogram", lambda: ConfidenceHistogram(scores))
+    if scheme == "width":
+        edges = width_edges(n_bins, scores.confidence.device)
+    else:
+        edges = _midpoints(table.order_statistics(_around(len(scores), n_bins)))
+    return BinSums(edges, *table.sums(edges), len(scores))
 
 
 def _sums_of_pieces(

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from diffcal.calibration.metrics.profile import PIECE, Profile
+from diffcal.calibration.metrics.row_reading import RowValues, Unreadable, read_rows
 from diffcal.errors import DataError
 
 __all__ = ["BLOCK_ELEMENTS", "Confidences", "Predictions", "SUM_TOLERANCE"]
@@ -30,6 +31,9 @@ BLOCK_ELEMENTS = 1 << 18
 
 PASS_ELEMENTS = 1 << 20
 """The same for the first pass, which keeps a single block: 8 MiB."""
+
+SHORT_ROWS = 16
+"""Classes below which a softmax is taken along the first axis."""
 
 T = TypeVar("T")
 
@@ -71,6 +75,11 @@ class Confidences:
     def outcome(self) -> Float[Tensor, " n"]:
         """Outcomes as float64 (made anew on each access where they are kept as booleans)."""
         return self._outcome.double()
+
+    @property
+    def raw_outcome(self) -> Shaped[Tensor, " n"]:
+        """Outcomes as they are kept: booleans where labels are hard, else float64."""
+        return self._outcome
 
     def __len__(self) -> int:
         return len(self.confidence)
@@ -141,7 +150,6 @@ class Predictions(Confidences):
     """
 
     mean_log_score: float
-    mean_brier: float
 
     def __init__(
         self,
@@ -195,6 +203,13 @@ class Predictions(Confidences):
         return self._rows()[1]
 
     @property
+    def mean_brier(self) -> float:
+        """Mean of :attr:`brier`."""
+        if self._mean_brier is None:
+            self._mean_brier = self._read_quickly(brier=True)[1]
+        return self._mean_brier
+
+    @property
     def is_soft(self) -> bool:
         """Whether labels are distributions."""
         return self.soft_labels is not None
@@ -209,6 +224,8 @@ class Predictions(Confidences):
         """Probabilities of some rows in float64; all rows at once only where n·k is small."""
         block = self.scores[rows].double()
         if self.is_logits:
+            if self.classes < SHORT_ROWS:  # softmax along short rows takes several times as long
+                return block.t().contiguous().softmax(dim=0).t().contiguous()
             return block.softmax(dim=1)
         return block / block.sum(dim=1, keepdim=True) if self._renormalize else block
 
@@ -269,6 +286,9 @@ class Predictions(Confidences):
         def make() -> Tensor:
             shape = (3, len(self))
             table = torch.empty(shape, dtype=torch.float64, device=self.scores.device)
+            if self._quick:
+                self._read_quickly(brier=True, rows_into=table)
+                return table
             for rows, columns in self._blocks():
                 table[:, rows] = torch.stack(columns[2:5])
             return table
@@ -283,12 +303,60 @@ class Predictions(Confidences):
         confidence = torch.empty(n, dtype=torch.float64, device=device)
         kind = torch.float64 if self.is_soft else torch.bool
         outcome = torch.empty(n, dtype=kind, device=device)
+        self._assign(confidence, outcome)
+        self._quick = not self.is_soft and device.type == "cpu" and not self._renormalize
+        if self._quick:
+            try:
+                # of probabilities the Brier score would double the time: read again if asked for
+                means = self._read_quickly(brier=self.is_logits, keep=True)
+                self.mean_log_score, self._mean_brier = means
+                return
+            except Unreadable:
+                self._quick = False  # for the slower path to name the row, or accept it
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         for rows, (top, right, log_score, brier, _, index) in self._blocks():
             confidence[rows], outcome[rows], self._predicted[rows] = top, right, index
             totals += torch.stack([log_score.sum(), brier.sum()])
-        self.mean_log_score, self.mean_brier = (totals / n).tolist()
-        self._assign(confidence, outcome)
+        self.mean_log_score, self._mean_brier = (totals / n).tolist()
+
+    def _read_quickly(
+        self, *, brier: bool, keep: bool = False, rows_into: Tensor | None = None
+    ) -> tuple[float, float | None]:
+        """Means of the log score and, if asked, the Brier score, by :mod:`row_reading`.
+
+        Args:
+            keep: Set confidences, outcomes and predicted classes.
+            rows_into: ``[3, n]``, takes log score, Brier score and normaliser of every row.
+        """
+        sums: dict[int, tuple[float, float]] = {}
+        kept = [x.numpy() for x in (self.confidence, self._outcome, self._predicted)]
+        table = None if rows_into is None else rows_into.numpy()
+
+        def take(rows: slice, values: RowValues) -> None:
+            if keep:
+                made = (values.confidence, values.right, values.predicted)
+                for column, value in zip(kept, made, strict=True):
+                    column[rows] = value
+            if table is not None:
+                assert values.brier is not None
+                table[:, rows] = values.log_score, values.brier, values.normaliser
+            squares = 0.0 if values.brier is None else float(values.brier.sum())
+            sums[rows.start] = float(values.log_score.sum()), squares
+
+        assert self.labels is not None
+        read_rows(
+            self.scores,
+            self.labels,
+            logits=self.is_logits,
+            brier=brier,
+            eps=self._eps,
+            sum_tolerance=SUM_TOLERANCE,
+            take=take,
+        )
+        # so that the number of threads changes nothing
+        ordered = [sums[start] for start in sorted(sums)]
+        log_score, squares = (sum(column) for column in zip(*ordered, strict=True))
+        return log_score / len(self), squares / len(self) if brier else None
 
     def _blocks(self) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         """For blocks of rows: confidence, outcome, log score, Brier score, normaliser, class."""
