@@ -151,23 +151,14 @@ def batched_attention() -> AbstractContextManager[None]:
 # traker
 
 
-def run_traker(
-    problem: Problem,
-    dim: int,
-    mean_square: float,
-    *,
-    batch: int = 16,
-    block: int | None = None,
-) -> Solved:
-    """``TRAKer`` with a model output of our own, float32, on the CPU.
+def run_traker(problem: Problem, dim: int, mean_square: float, batch: int) -> Solved:
+    """``TRAKer`` with a model output of our own, float32, on the CPU, where it takes its block-wise
+    normal projection (100 columns at a time, drawn again for every batch).
 
-    ``block``: columns of the random matrix that are drawn at once; None: traker's own choice (100,
-    drawn again for every batch). With ``block = dim`` the whole matrix is drawn once and stays in
-    memory.
+    ``mean_square``: of the whole features' norms, for the damping.
     """
     import trak
     from trak.modelout_functions import AbstractModelOutput
-    from trak.projectors import BasicProjector, ProjectionType
 
     value = mean_output(problem)
 
@@ -180,11 +171,6 @@ def run_traker(
         def get_out_to_loss_grad(self, model, weights, buffers, batch):
             return torch.ones(len(batch[0]), 1)
 
-    projector = None
-    if block is not None:
-        projector = BasicProjector(
-            problem.num_params, dim, 0, ProjectionType.normal, torch.device("cpu"), block
-        )
     # Its features are divided by sqrt(parameters) and its matrix by nothing.
     damping = problem.rho * mean_square * dim / problem.num_params
     weights = problem.network.state_dict()
@@ -196,7 +182,6 @@ def run_traker(
             train_set_size=len(problem.train),
             save_dir=folder,
             device="cpu",
-            projector=projector,
             proj_dim=dim,
             use_half_precision=False,
             lambda_reg=damping,
@@ -220,9 +205,7 @@ def run_traker(
 # dattri
 
 
-def run_dattri(
-    problem: Problem, dim: int, mean_square: float, kind: str, *, batch: int = 16
-) -> Solved:
+def run_dattri(problem: Problem, dim: int, mean_square: float, kind: str, batch: int) -> Solved:
     """``TRAKAttributor`` with a projection that dattri offers on the CPU.
 
     Its probability function, which only scales scores, is a constant that costs nothing.
@@ -273,6 +256,16 @@ def _solve_seconds(rows: int, dim: int) -> float:
     begin = time.process_time()
     torch.linalg.solve(features.mT @ features + torch.eye(dim), features.mT)
     return time.process_time() - begin
+
+
+def drawing_seconds(parameters: int, dim: int) -> float:
+    """CPU seconds to draw ``parameters`` x ``dim`` normal numbers as the peers do, from 100 columns."""
+    block = torch.empty(parameters, min(100, dim))
+    generator = torch.Generator().manual_seed(0)
+    block.normal_(generator=generator)  # the pages of a fresh array cost more than the drawing
+    begin = time.process_time()
+    block.normal_(generator=generator)
+    return (time.process_time() - begin) * dim / block.shape[1]
 
 
 def correlations(found: Tensor, wanted: Tensor) -> dict[str, float]:
