@@ -25,7 +25,8 @@ State = dict[str, Tensor]
 
 def time_embedding(t: Tensor) -> Tensor:
     """Sines and cosines of timesteps ``[b]``, frequencies from 1 to 1e-4."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(TIME // 2) / (TIME // 2))
+    steps = torch.arange(TIME // 2, device=t.device)
+    frequencies = torch.exp(-math.log(10_000) * steps / (TIME // 2))
     phases = t.float()[:, None] * frequencies
     return torch.cat([phases.sin(), phases.cos()], dim=1)
 

@@ -100,8 +100,8 @@ def tables(results: dict[str, Any]) -> str:
         "# LDS on digits",
         "Made by `python benchmarks/lds_digits.py`; protocol and reading in `PROTOCOL.md`. Percent; in "
         "brackets 95 % intervals over subsets and queries. Unless a table says otherwise, dampings were "
-        "chosen on other subsets than those that judge (two folds). Absolute dampings belong to published "
-        "presets, relative ones to all others.",
+        "chosen on other subsets than those that judge (two folds). Absolute dampings belong to "
+        "published presets, relative ones to all others.",
     ]
     for name, toy in results.items():
         settings, records = toy["settings"], toy["records"]

@@ -80,6 +80,8 @@ def run_lds(
         for name in ("methods", "readouts", "features", "folds", "resamples"):
             del claim[name]
         del claim["data"]["name"]
+        if config.subsets.together == 1:
+            del claim["subsets"]["together"]  # runs that were begun before it existed go on
         claim_folder(out, claim, overwrite=overwrite)
     state.wait_for_everyone()
     masks = train_models(config, out / "models", state, device)

@@ -27,8 +27,14 @@ class SubsetConfig:
     """Every class keeps its share."""
     training_seeds: tuple[int, ...] = (0,)
     """A model of each subset is trained with each of these; their losses are averaged."""
+    together: int = 1
+    """Subset models that one process trains at once. Results change by rounding only. On a CPU one at a
+    time is faster for convolutional networks (``benchmarks/train_together.py``); a GPU that a small
+    network leaves idle is where several pay."""
 
     def __post_init__(self) -> None:
+        if self.together < 1:
+            raise ConfigError(f"subsets.together must be at least 1, got {self.together}")
         if self.count < 2 or not self.training_seeds:
             raise ConfigError("an LDS needs at least 2 subsets and one training seed")
 

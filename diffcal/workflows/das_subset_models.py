@@ -17,6 +17,7 @@ from diffcal.core.runs import fingerprint, write_json
 from diffcal.data.sources import ImageSource, open_images
 from diffcal.errors import ConfigError
 from diffcal.workflows.das_lds_config import LdsConfig
+from diffcal.workflows.das_subset_groups import Member, train_group
 from diffcal.workflows.train_diffusion import train_diffusion
 
 __all__ = ["LoneAccelerator", "SubsetSource", "masks_of", "model_names", "train_models"]
@@ -99,8 +100,9 @@ def model_names(config: LdsConfig) -> list[tuple[str, int, int]]:
 def train_models(config: LdsConfig, out: Path, state: Any, device: str) -> Tensor:
     """Train ``out/NAME/checkpoint`` for the attributed model and all subsets; resumes what is there.
 
-    Of ``W`` processes, process ``w`` trains the models ``m`` with ``m % W == w``, one after another.
-    A finished model is not touched again, an interrupted one continues from its last saved state.
+    Of ``W`` processes, process ``w`` trains the groups ``g`` with ``g % W == w``, one after another: the
+    attributed model alone, subset models ``subsets.together`` at a time. A finished group is not touched
+    again, an interrupted one continues from its last saved state.
 
     Returns:
         The masks, bool ``[s, n]``.
@@ -120,14 +122,23 @@ def train_models(config: LdsConfig, out: Path, state: Any, device: str) -> Tenso
     masks = masks_of(config, labels.long())
     jobs = [(BASE, list(rows), config.seed)]
     for name, subset, seed in model_names(config):
-        members = masks[subset].nonzero()[:, 0].tolist()
-        jobs.append((name, [rows[position] for position in members], seed))
-    own = jobs[state.process_index :: state.num_processes]
-    with progress_bar(len(own), "subset models", unit="model") as bar:
-        for name, members, seed in own:
-            if not (out / name / "finished.json").exists():
-                _train(config, out / name, source, members, seed, device)
-            bar.update(1)
+        inside = masks[subset].nonzero()[:, 0].tolist()
+        jobs.append((name, [rows[position] for position in inside], seed))
+    size = config.subsets.together
+    groups = [jobs[:1], *(jobs[i : i + size] for i in range(1, len(jobs), size))]
+    own = groups[state.process_index :: state.num_processes]
+    with progress_bar(sum(map(len, own)), "subset models", unit="model") as bar:
+        for group in own:
+            if not all((out / name / "finished.json").exists() for name, _, _ in group):
+                # Images are copied only now: those of all subsets together may not fit into memory.
+                members = [
+                    Member(name, SubsetSource(source, chosen), seed) for name, chosen, seed in group
+                ]
+                if len(members) == 1:
+                    _train(config, out / members[0].name, members[0], device)
+                else:
+                    train_group(config, out, members, device=device)
+            bar.update(len(group))
     state.wait_for_everyone()
     return masks
 
@@ -141,15 +152,20 @@ def training_rows(config: LdsConfig, source: ImageSource) -> range:
     return range(first, end)
 
 
-def _train(
-    config: LdsConfig, out: Path, source: ImageSource, rows: list[int], seed: int, device: str
-) -> None:
+def _train(config: LdsConfig, out: Path, member: Member, device: str) -> None:
     accelerator = LoneAccelerator(cpu=device == "cpu", mixed_precision=config.optimizer.precision)
-    images = SubsetSource(source, rows)
     summary = train_diffusion(
-        config.training_config(seed), out, source=images, accelerator=accelerator, device=device
+        config.training_config(member.seed),
+        out,
+        source=member.images,
+        accelerator=accelerator,
+        device=device,
     )
     write_json(
         out / "finished.json",
-        {"images": len(rows), "data": images.fingerprint, "loss": summary["loss"]},
+        {
+            "images": len(member.images),
+            "data": member.images.fingerprint,
+            "loss": summary["loss"],
+        },
     )

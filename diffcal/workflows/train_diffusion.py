@@ -28,7 +28,7 @@ from diffcal.diffusion.samplers import SamplerConfig, sample
 from diffcal.diffusion.training import DiffusionTrainer, OptimizerConfig, batch_indices
 from diffcal.errors import ArtifactError, ConfigError
 
-__all__ = ["NetworkConfig", "TrainDiffusionConfig", "train_diffusion"]
+__all__ = ["NetworkConfig", "TrainDiffusionConfig", "network_specification", "train_diffusion"]
 
 STATE_FORMAT = "diffcal-training-state/2"
 
@@ -125,7 +125,7 @@ def train_diffusion(
     )
     images, labels = _load_rows(source, config)
     class_names = source.class_names if config.conditional else ()
-    specification = _network_specification(config, images.shape[1:], len(class_names))
+    specification = network_specification(config, images.shape[1:], len(class_names))
     torch.manual_seed(config.seed)
     network = build_network(specification)
     if config.initialise_from is not None:
@@ -198,9 +198,14 @@ def _copy_weights(source: str, network: Preconditioner) -> None:
     network.load_state_dict(found)
 
 
-def _network_specification(
+def network_specification(
     config: TrainDiffusionConfig, image_shape: torch.Size, num_classes: int
 ) -> dict[str, Any]:
+    """What ``build_network`` takes for images (h, w, c) of ``num_classes`` classes (0: unconditional).
+
+    Raises:
+        ConfigError: images that are not square.
+    """
     height, width, channels = image_shape
     if height != width:
         raise ConfigError(

@@ -1,9 +1,11 @@
 """The LDS experiment at toy size: models, losses, tables, resumption, and what is refused."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from accelerate import PartialState
 from launch import launch
 from safetensors.torch import load_file
 
@@ -15,12 +17,13 @@ from diffcal.core.runs import read_json, sha256_file
 from diffcal.data.sources import open_images
 from diffcal.diffusion.checkpoints import load_denoiser
 from diffcal.diffusion.denoisers import images_to_model
+from diffcal.diffusion.ensemble_training import EnsembleTrainer
 from diffcal.errors import ArtifactError, ConfigError
 from diffcal.workflows import das
 from diffcal.workflows.das_lds import run_lds
-from diffcal.workflows.das_lds_config import LossConfig
+from diffcal.workflows.das_lds_config import LdsConfig, LossConfig
 from diffcal.workflows.das_losses import query_losses, write_queries
-from diffcal.workflows.das_subset_models import SubsetSource, masks_of
+from diffcal.workflows.das_subset_models import SubsetSource, masks_of, train_models
 
 SMALL = [
     "data.rows=20",
@@ -122,6 +125,62 @@ def test_what_is_missing_is_made_again_by_two_processes_with_the_same_bytes(expe
     assert checkpoints(out) == models
     assert {p: sha256_file(p) for p in out.glob("losses/*")} == tables
     assert again["lds"] == summary["lds"]
+
+
+def test_models_trained_together_are_those_trained_alone_also_after_a_kill(tmp_path, monkeypatch):
+    config = small("subsets.together=3", "optimizer.steps=4", "network.label_dropout=0.3")
+    labels = torch.as_tensor(open_images("digits").labels[:20])
+    settings = LdsConfig.training_config
+    monkeypatch.setattr(
+        LdsConfig,
+        "training_config",
+        lambda self, seed: dataclasses.replace(settings(self, seed), save_every=1),
+    )
+    states = {}
+    for name, kill in (("whole", None), ("killed", 2)):
+        step = EnsembleTrainer.train_step
+
+        def killed(self, *batch, kill=kill, step=step):
+            if self.step == kill:
+                raise KeyboardInterrupt
+            return step(self, *batch)
+
+        run = lambda out: train_models(config, out, PartialState(cpu=True), "cpu")  # noqa: E731
+        if kill is not None:
+            monkeypatch.setattr(EnsembleTrainer, "train_step", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / name)
+            assert not list((tmp_path / name).glob("subset-*/finished.json"))
+            monkeypatch.setattr(EnsembleTrainer, "train_step", step)
+        masks = run(tmp_path / name)
+        states[name] = {
+            path.parent.parent.name: sha256_file(path)
+            for path in sorted((tmp_path / name).glob("*/checkpoint/model.safetensors"))
+        }
+    assert torch.equal(masks, masks_of(config, labels.long()))
+    assert len(states["whole"]) == 5
+    assert states["killed"] == states["whole"]
+    # The fourth subset model is a group of its own; the others against training them alone.
+    assert {p.name for p in (tmp_path / "whole/groups").iterdir()} == {"subset-00000-seed-0"}
+    one_by_one = dataclasses.replace(
+        config, subsets=dataclasses.replace(config.subsets, together=1)
+    )
+    train_models(one_by_one, tmp_path / "alone", PartialState(cpu=True), "cpu")
+    for subset in range(4):
+        name = f"subset-{subset:05d}-seed-0/checkpoint/model.safetensors"
+        found, expected = (load_file(tmp_path / run / name) for run in ("whole", "alone"))
+        assert found.keys() == expected.keys()
+        apart = sum(float((found[n] - expected[n]).square().sum()) for n in found) ** 0.5
+        size = sum(float(expected[n].square().sum()) for n in found) ** 0.5
+        assert apart < 1e-4 * size
+    other = dataclasses.replace(
+        config, seed=1, optimizer=dataclasses.replace(config.optimizer, steps=5)
+    )
+    (tmp_path / "whole/subset-00001-seed-0/finished.json").unlink()
+    with pytest.raises(ArtifactError, match="steps: 4 there, 5 now"):
+        train_models(other, tmp_path / "whole", PartialState(cpu=True), "cpu")
+    with pytest.raises(ConfigError, match="together must be at least 1"):
+        small("subsets.together=0")
 
 
 def test_other_experiments_and_training_images_as_queries_are_refused(experiment, tmp_path):
