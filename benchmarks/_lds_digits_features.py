@@ -91,7 +91,11 @@ def feature_sets(toy: Toy) -> dict[str, FeatureSet]:
         sets["up block"] = FeatureSet(config(10, params="up_block"))
     for index in range(len(QUARTERS) - 1):
         sets[f"trak, checkpoint {index}"] = FeatureSet(sets["trak, T=10"].config, checkpoint=index)
-    return sets
+    # Many timesteps last: they cost most, and what the protocol's questions need comes before the rest.
+    asked = ("mean, slot, T=100", "dtrak, T=100", "mean, shared, T=100")
+    late = [name for name in sets if name.endswith("T=100")]
+    order = [name for name in sets if name not in late]
+    return {name: sets[name] for name in (*order, *asked, *sorted(set(late) - set(asked)))}
 
 
 def featurise(toy: Toy, work: Path) -> None:
@@ -157,6 +161,11 @@ def in_own_span(rows: Tensor) -> Tensor:
     double = rows.double()
     values, vectors = torch.linalg.eigh(double @ double.mT)
     return vectors * values.clamp(min=0).sqrt()
+
+
+def has_features(work: Path, toy: Toy, name: str) -> bool:
+    """Whether a set has been written; what was not is listed as not judged."""
+    return (work / toy.name / "features" / f"{name}.safetensors").exists()
 
 
 def read_rows(work: Path, toy: Toy, name: str, kind: str = "exact") -> Rows:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from _lds_digits_features import SIZE, embeddings, read_errors, read_rows
+from _lds_digits_features import SIZE, embeddings, has_features, read_errors, read_rows
 from _lds_digits_models import subset_masks_of_recipe
 from _lds_digits_stages import TRACKS, Toy, losses
 from _lds_methods import READOUTS, Judge
@@ -42,6 +42,7 @@ def judge(toy: Toy, work: Path) -> tuple[Judge, dict[str, Any]]:
         for track in TRACKS
     }
     judge = Judge(masks, losses(toy, work / toy.name), likeness=alike)
+    absent: list[str] = []
 
     def kernel(
         name: str,
@@ -54,6 +55,9 @@ def judge(toy: Toy, work: Path) -> tuple[Judge, dict[str, Any]]:
         role: str | None = None,
         **scores: Any,
     ) -> None:
+        if not has_features(work, toy, features):
+            absent.append(name)
+            return
         rows = read_rows(work, toy, features, kind)
         start = PRESETS[preset]["scores"] if preset else {}
         judge.kernel(
@@ -95,7 +99,11 @@ def judge(toy: Toy, work: Path) -> tuple[Judge, dict[str, Any]]:
         kernel("middle block only", "middle block", readouts=PLAIN)
         kernel("up block only", "up block", readouts=PLAIN)
     _baselines(toy, work, judge, pictures, kernel)
-    return judge, {"leverage": _leverages(toy, work), "gaps": _gaps(judge)}
+    return judge, {
+        "not_judged": absent,
+        "leverage": _leverages(toy, work),
+        "gaps": _gaps(judge, set(absent)),
+    }
 
 
 def _baselines(toy: Toy, work: Path, judge: Judge, pictures: dict[str, Any], kernel: Any) -> None:
@@ -145,28 +153,27 @@ def _leverages(toy: Toy, work: Path) -> dict[str, float]:
     }
 
 
-def _gaps(judge: Judge) -> list[dict[str, Any]]:
+def _gaps(judge: Judge, absent: set[str]) -> list[dict[str, Any]]:
     """The comparisons that the protocol names, each with its paired interval."""
     own = {"das-official": "square", "dtrak": "signed", "trak": "signed"}
-    gaps = []
-    for track in TRACKS:
-        for t in T:
-            for other, readout in own.items():
-                gaps.append(
-                    judge.gap((f"das, T={t}", "square"), (f"{other}, T={t}", readout), track)
-                )
-        for other, readout in own.items():
-            gaps.append(judge.gap(("das, T=2", "square"), (f"{other}, T=100", readout), track))
-        for t in (10, 100):
-            gaps.append(
-                judge.gap(("mean, shared, T=2", "square"), (f"mean, slot, T={t}", "square"), track)
-            )
-        gaps.append(
-            judge.gap(("mean, shared, T=10", "square"), ("mean, shared, T=10", "signed"), track)
-        )
-        gaps.append(judge.gap(("leverage", "square"), ("mean, shared, T=10", "square"), track))
-        gaps.append(judge.gap(("das, T=10", "square"), ("pixel cosine", "signed"), track))
-    return gaps
+    pairs = [
+        *((("das", t, "square"), (name, t, readout)) for t in T for name, readout in own.items()),
+        *((("das", 2, "square"), (name, 100, readout)) for name, readout in own.items()),
+        *((("mean, shared", 2, "square"), ("mean, slot", t, "square")) for t in (10, 100)),
+        *((("mean, shared", t, "square"), ("mean, shared", t, "signed")) for t in (2, 10)),
+    ]
+    named = [((f"{a}, T={t}", x), (f"{b}, T={u}", y)) for (a, t, x), (b, u, y) in pairs]
+    named += [
+        (("leverage", "square"), (REFERENCE, "square")),
+        (("das, T=10", "square"), ("pixel cosine", "signed")),
+        (("das, T=10", "square"), ("loss, shared, T=10", "square")),
+    ]
+    return [
+        judge.gap(first, second, track)
+        for track in TRACKS
+        for first, second in named
+        if not {first[0], second[0]} & absent
+    ]
 
 
 __all__ = ["judge"]

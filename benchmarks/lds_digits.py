@@ -116,6 +116,7 @@ def tables(results: dict[str, Any]) -> str:
             markdown(_of(records, PRESETS), TRACKS, by="optimistic"),
             "Each preset's own damping, all subsets at once:",
             markdown(_of(records, PRESETS), TRACKS, by="default"),
+            *_absent(toy["not_judged"]),
             "### Comparisons of the protocol, paired",
             _gap_table(toy["gaps"]),
             "### Noise (exact features)",
@@ -132,6 +133,12 @@ def tables(results: dict[str, Any]) -> str:
             _cost_line(toy["cpu_seconds"]),
         ]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _absent(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"Not judged, as their features were not made: {'; '.join(names)}."]
 
 
 def _of(records: list[Record], names: tuple[str, ...]) -> list[Record]:
