@@ -12,6 +12,15 @@ from diffcal.attribution.baselines import (
     gaussian_blocks,
     tracin_blocks,
 )
+from diffcal.attribution.counterfactual import (
+    Effect,
+    PairedEffect,
+    embedding_cosine,
+    paired_effect,
+    pixel_distance,
+    random_removals,
+    removal_effect,
+)
 from diffcal.attribution.damping_selection import (
     OFFICIAL_DAMPINGS,
     RELATIVE_DAMPINGS,
@@ -20,6 +29,7 @@ from diffcal.attribution.damping_selection import (
     path_predictions,
 )
 from diffcal.attribution.datamodels import datamodel_scores, empirical_influence
+from diffcal.attribution.ensemble import ScoredModel, ensemble_scores
 from diffcal.attribution.feature_shards import shard_ranges
 from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.gram import GramAccumulator
@@ -43,8 +53,11 @@ from diffcal.attribution.leave_one_out import RidgeLeaveOneOut, exact_das, ridge
 from diffcal.attribution.likeness import EncodedRows
 from diffcal.attribution.memorisation import (
     MemorisationReport,
+    exceedance,
+    flag_beyond,
     flag_memorised,
     memorisation_report,
+    memorisation_thresholds,
 )
 from diffcal.attribution.presets import PRESETS
 from diffcal.attribution.projection import ProjectionConfig, Projector, project_rows
@@ -81,11 +94,13 @@ __all__ = [
     "Kernel",
     "ScoreBlock",
     "ScoreConfig",
+    "ScoredModel",
     "TopScores",
     "UpdatedKernel",
     "average_blocks",
     "candidate_scores",
     "collect",
+    "ensemble_scores",
     "fit_kernel",
     "kernel_scores",
     "leverage_scores",
@@ -113,19 +128,26 @@ __all__ = [
     "OFFICIAL_DAMPINGS",
     "RELATIVE_DAMPINGS",
     "DampingChoice",
+    "Effect",
+    "PairedEffect",
     "RidgeLeaveOneOut",
     "Spread",
     "average_losses",
     "centre_batches",
     "choose_damping",
     "cross_fitted_lds",
+    "embedding_cosine",
     "exact_das",
     "lds_controls",
     "lds_difference",
     "leave_out_masks",
     "linear_datamodeling_score",
+    "paired_effect",
     "path_predictions",
+    "pixel_distance",
     "predictions_of",
+    "random_removals",
+    "removal_effect",
     "rest_of",
     "ridge_leave_one_out",
     "stream_predictions",
@@ -134,7 +156,10 @@ __all__ = [
     # uses
     "GroupShares",
     "MemorisationReport",
+    "exceedance",
+    "flag_beyond",
     "flag_memorised",
     "group_shares",
     "memorisation_report",
+    "memorisation_thresholds",
 ]

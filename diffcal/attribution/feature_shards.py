@@ -14,7 +14,15 @@ from diffcal.attribution.feature_encoding import decode_rows, encode_rows
 from diffcal.core.runs import read_json, sha256_bytes, sha256_file, write_atomic, write_json
 from diffcal.errors import ArtifactError, DataError, NumericalError
 
-__all__ = ["RowId", "Shard", "ShardRange", "read_shard", "shard_ranges", "write_shard"]
+__all__ = [
+    "RowId",
+    "Shard",
+    "ShardRange",
+    "read_shard",
+    "require_distinct",
+    "shard_ranges",
+    "write_shard",
+]
 
 RowId = int | str
 

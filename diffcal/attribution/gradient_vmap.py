@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffcal.attribution.gradients import GradientBatch, Objective, PerSampleGradients, RowSums
+from diffcal.errors import ConfigError
 
 __all__ = ["VmapGradients", "vmap_gradients"]
+
+_NAMED = 6  # parameters that a message lists
 
 
 @final
@@ -33,7 +36,11 @@ def vmap_gradients(
     parameters: Mapping[str, nn.Parameter],
     inputs: tuple[Tensor, ...],
 ) -> tuple[dict[str, Float[Tensor, "b *shape"]], Tensor, Tensor]:
-    """(gradients by name, values, extras) of every row; the other parameters are constants."""
+    """(gradients by name, values, extras) of every row; the other parameters are constants.
+
+    Raises:
+        ConfigError: the network does something that ``torch.func`` cannot vectorise.
+    """
     runner = _Runner(module, objective)
     leaves = {name: parameter.detach() for name, parameter in parameters.items()}
 
@@ -51,6 +58,14 @@ def vmap_gradients(
             gradients, (values, extras) = torch.func.vmap(
                 torch.func.grad(one_row, has_aux=True), in_dims=(None, *(0 for _ in inputs))
             )(leaves, *inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what torch raises for operations without a batching rule
+        named = ", ".join(list(parameters)[:_NAMED]) + (", ..." if len(parameters) > _NAMED else "")
+        raise ConfigError(
+            f"torch.func gives no per-sample gradients of {named} ({str(error).splitlines()[0]}): leave "
+            "them out (features.params) or take samples one by one (gradients=loop)"
+        ) from error
     finally:
         for p, required in before:
             p.requires_grad_(required)

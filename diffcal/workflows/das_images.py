@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diffcal.attribution.feature_shards import RowId
+from diffcal.attribution.feature_shards import RowId, require_distinct
 from diffcal.core.runs import fingerprint, read_json, sha256_bytes, sha256_file
 from diffcal.data.images import decode_image
 from diffcal.data.shards import read_manifest, verified_shard
@@ -27,7 +27,11 @@ PUBLISHED = "diffcal-dataset/1"
 
 @dataclass(frozen=True)
 class ConditionedImages:
-    """Images by position, each with an id, words that describe it, and weights over the classes."""
+    """Images by position, each with an id, words that describe it, and weights over the classes.
+
+    Raises:
+        DataError: an id comes twice.
+    """
 
     source: ImageSource
     rows: range
@@ -38,6 +42,10 @@ class ConditionedImages:
     """Name of the class with the largest weight."""
     weights: Float[Tensor, "n k"] | None
     """Condition of each image; None for unconditional models and for the unconditional branch."""
+
+    def __post_init__(self) -> None:
+        # Before any gradient is spent on them.
+        require_distinct(self.ids, f"'{self.source.name}'")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from diffcal.attribution.memorisation import flag_memorised, memorisation_report
+from diffcal.attribution.memorisation import (
+    exceedance,
+    flag_beyond,
+    flag_memorised,
+    memorisation_report,
+    memorisation_thresholds,
+)
 from diffcal.attribution.scores import ScoreBlock
 from diffcal.errors import ConfigError, DataError, NumericalError
 
@@ -74,6 +80,32 @@ def test_planted_copies_are_flagged_and_harmless_images_are_not():
     lone = flag_memorised(memorisation_report(blocks(scores), blocks(likeness)), reference)
     assert lone["dominated"].tolist() == [True]
     assert lone["memorised"].tolist() == [False]
+
+
+def test_thresholds_are_quantiles_and_flags_are_what_lies_beyond():
+    reference = memorisation_report(
+        blocks(normal(101, 30).square()), blocks(normal(101, 30, seed=1).tanh())
+    )
+    limits = memorisation_thresholds(reference, 0.9)
+    for name, limit in limits.items():
+        values = getattr(reference, name)
+        # Of 101 values ten lie above the 0.9 quantile, which is the eleventh largest itself.
+        assert int((values > limit).sum()) == 10
+        assert limit == float(values.sort(descending=True).values[10])
+    flags = flag_beyond(reference, limits)
+    assert int(flags["memorised"].sum()) == int(flags["dominated"].sum()) == 10
+    assert int(flags["near_copy"].sum()) <= 10
+    # A quantile that a hundred images can just tell.
+    exactly = memorisation_report(
+        blocks(normal(100, 8).square()), blocks(normal(100, 8, seed=1).tanh())
+    )
+    assert set(memorisation_thresholds(exactly, 0.99)) == set(limits)
+
+
+def test_exceedance_counts_reference_values_at_least_as_large():
+    reference = torch.tensor([0.1, 0.5, 0.5, 0.9], dtype=torch.float64)
+    values = torch.tensor([0.0, 0.5, 0.6, 1.0], dtype=torch.float64)
+    assert exceedance(values, reference).tolist() == pytest.approx([1.0, 4 / 5, 2 / 5, 1 / 5])
 
 
 def test_bad_input_is_one_clear_line():
