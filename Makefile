@@ -1,4 +1,4 @@
-.PHONY: check lint types test
+.PHONY: check lint types test notebooks
 check: lint types test
 lint:
 	ruff check .
@@ -7,3 +7,5 @@ types:
 	pyright
 test:
 	pytest
+notebooks:
+	python notebooks/execute.py

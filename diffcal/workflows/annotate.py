@@ -14,6 +14,7 @@ from torch import Tensor
 from diffcal import __version__
 from diffcal.config import config_to_dict
 from diffcal.core.devices import one_thread
+from diffcal.core.processes import process_state
 from diffcal.core.progress import progress_bar
 from diffcal.core.runs import (
     claim_folder,
@@ -93,9 +94,7 @@ def annotate_run(
         ConfigError, DataError: before any work, such as classes that differ from the real images'.
         ArtifactError: other settings in the folder, or a damaged shard of images, features or labels.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu")
+    state = process_state(device)
     place = str(state.device) if device == "auto" else device
     started = time.monotonic()
     generated = read_manifest(run / "generated", GENERATED, ("class_names",))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffcal.core.processes import process_state
 from diffcal.core.runs import read_json
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ArtifactError
@@ -161,9 +162,7 @@ def run_publication(
 
     Of several processes only the first works; the others wait.
     """
-    from accelerate import PartialState
-
-    run, state = Path(run), PartialState()
+    run, state = Path(run), process_state()
     summary: dict[str, Any] = {}
     if state.is_main_process:
         summary = publish_dataset(run, config.annotation.folder, config.filter, overwrite=overwrite)
@@ -172,7 +171,5 @@ def run_publication(
 
 
 def _open(model: ModelConfig, device: str) -> Denoiser:
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu")
+    state = process_state(device)
     return open_model(model, str(state.device) if device == "auto" else device)

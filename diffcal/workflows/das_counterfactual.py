@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from diffcal.attribution.counterfactual import random_removals
 from diffcal.config import config_to_dict
+from diffcal.core.processes import process_state
 from diffcal.core.runs import claim_folder, read_json, write_json
 from diffcal.diffusion.checkpoints import load_denoiser
 from diffcal.errors import ArtifactError
@@ -73,9 +74,7 @@ def run_counterfactual(
             together.
         NumericalError: a training diverged, or a model draws NaN; the others stay.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu")
+    state = process_state(device)
     where = str(state.device) if device == "auto" else device
     started = time.monotonic()
     given = GivenScores.open(config)

@@ -14,6 +14,7 @@ from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.kernel import Kernel, fit_kernel, load_kernel
 from diffcal.config import config_from_dict, config_to_dict
 from diffcal.core.devices import one_thread
+from diffcal.core.processes import process_state
 from diffcal.core.runs import claim_folder, fingerprint, read_json, sha256_file, write_json
 from diffcal.data.sources import open_images
 from diffcal.diffusion.denoisers import Denoiser
@@ -80,9 +81,7 @@ def build_index(
             damaged shard.
         NumericalError: NaN or infinity; shards written before stay.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu")
+    state = process_state(device)
     models = models_of(config)
     if denoiser is not None and len(models) > 1:
         raise ConfigError(f"one denoiser was given for an index of {len(models)} models")

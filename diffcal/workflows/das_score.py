@@ -11,6 +11,7 @@ from diffcal.attribution.ensemble import ScoredModel
 from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.score_config import ScoreConfig
 from diffcal.config import config_to_dict
+from diffcal.core.processes import process_state
 from diffcal.core.runs import claim_folder
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ConfigError
@@ -108,9 +109,7 @@ def score_queries(
         ConfigError, DataError: queries that the model cannot take, held-out images that are training
             images, or a column that is not there.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu")
+    state = process_state(device)
     where = str(state.device) if device == "auto" else device
     started = time.monotonic()
     models = open_index(index, model=model, data=data, denoiser=denoiser, device=where)

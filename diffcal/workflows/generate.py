@@ -12,6 +12,7 @@ import torch
 
 from diffcal import __version__
 from diffcal.config import config_to_dict
+from diffcal.core.processes import process_state
 from diffcal.core.progress import progress_bar
 from diffcal.core.runs import claim_folder, read_json, sha256_file, write_atomic, write_json
 from diffcal.data.images import encode_png
@@ -101,9 +102,7 @@ def generate(
         ArtifactError: the folder holds images of other settings, or a damaged shard.
         NumericalError: NaN or infinity from the network; shards written before stay.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu")
+    state = process_state(device)
     if denoiser is None:
         denoiser = open_model(config.model, str(state.device) if device == "auto" else device)
     plan = MixPlan(config.plan, denoiser.class_names, config.seed)
