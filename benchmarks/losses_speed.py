@@ -5,26 +5,25 @@
 
 From float32 logits that require a gradient, mean reduction, targets already checked (as the trainer
 calls the losses) unless ``--validate``. Each repeat times cross-entropy and then every loss once, so
-that all see the same machine; ``ratio`` is the median over the repeats of a loss's time over the
-cross-entropy's of its own repeat, for hard labels against ``F.cross_entropy(z, y)`` and for soft
-targets against ``F.cross_entropy(z, q)``. Targets are ``hard``, ``soft`` (all classes have mass) or
-``mixed`` (two classes, as mixed images have). ``--clock cpu`` counts processor instead of wall time,
-which other work on the machine disturbs less. Progress goes to stderr, and ``--out`` is written anew
-after each kind of target.
+that all see the same machine. ``ratio`` is the median over the repeats of a loss's processor time over
+the cross-entropy's of its own repeat, ``ratio_clock`` the same by the clock, which other work on the
+machine disturbs: for hard labels against ``F.cross_entropy(z, y)``, for soft targets against
+``F.cross_entropy(z, q)``. Targets are ``hard``, ``soft`` (all classes have mass) or ``mixed`` (two
+classes, as mixed images have). Progress goes to stderr, and ``--out`` is written anew after each kind
+of target.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _environment import environment
 from torch.nn import functional as F
 
 from diffcal.calibration.losses.registry import build_loss
@@ -36,6 +35,7 @@ LOSSES: dict[str, dict[str, object]] = {
     "focal": {},
     "flsd": {},
     "adafocal": {},
+    "adafocal (moved)": {},
     "inverse_focal": {},
     "dual_focal": {},
     "bsce": {},
@@ -49,19 +49,28 @@ LOSSES: dict[str, dict[str, object]] = {
     "mdca": {},
     "dca": {},
 }
-"""The losses of one value per row, and the two terms of a batch that cost as little."""
+"""The losses of one value per row, and the two terms of a batch that cost as little.
+
+Adafocal is timed as it starts, with one gamma, and as training leaves it, with one for each bin.
+"""
 
 TARGETS = ["hard", "soft", "mixed"]
 
 Target = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def seconds_of(loss: Target, z: torch.Tensor, targets: torch.Tensor, clock: str) -> float:
-    now = time.process_time if clock == "cpu" else time.perf_counter
+def seconds_of(loss: Target, z: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
     z.grad = None
-    begin = now()
+    clock, cpu = time.perf_counter(), time.process_time()
     loss(z, targets).backward()
-    return now() - begin
+    return time.perf_counter() - clock, time.process_time() - cpu
+
+
+def build(name: str, validate: bool) -> Target:
+    loss = build_loss(name.split(" ")[0], validate=validate, **LOSSES[name])
+    if name == "adafocal (moved)":
+        loss.gammas.copy_(torch.linspace(-1.5, 4, len(loss.gammas)))
+    return loss
 
 
 def make_targets(kind: str, n: int, k: int, generator: torch.Generator) -> torch.Tensor:
@@ -77,38 +86,32 @@ def make_targets(kind: str, n: int, k: int, generator: torch.Generator) -> torch
 
 
 def measure(
-    n: int, k: int, kind: str, names: list[str], repeats: int, clock: str, validate: bool
+    n: int, k: int, kind: str, names: list[str], repeats: int, validate: bool
 ) -> dict[str, object]:
     generator = torch.Generator().manual_seed(0)
     z = (2 * torch.randn(n, k, generator=generator)).requires_grad_()
     targets = make_targets(kind, n, k, generator)
-    losses: dict[str, Target] = {
-        name: build_loss(name.split(" ")[0], validate=validate, **LOSSES[name]) for name in names
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ("torch", *losses)}
+    losses: dict[str, Target] = {name: build(name, validate) for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ("torch", *losses)}
     for repeat in range(repeats + 1):  # the first warms up
         for name, loss in {"torch": F.cross_entropy, **losses}.items():
-            taken = seconds_of(loss, z, targets, clock)
-            print(f"{n}x{k} {kind} {repeat}/{repeats} {name}: {taken:.3f} s", file=sys.stderr)
+            taken = seconds_of(loss, z, targets)
+            print(f"{n}x{k} {kind} {repeat}/{repeats} {name}: {taken}", file=sys.stderr)
             if repeat:
-                seconds[name].append(taken)
-    base = seconds["torch"]
-    return {
-        name: {
-            "seconds": statistics.median(times),
-            "ratio": statistics.median([a / b for a, b in zip(times, base, strict=True)]),
-            "fastest": min(times),
-            "slowest": max(times),
+                times[name].append(taken)
+    base = times["torch"]
+    result = {}
+    for name, pairs in times.items():
+        both = list(zip(pairs, base, strict=True))
+        cpu = [own[1] for own in pairs]
+        result[name] = {
+            "ratio": statistics.median([own[1] / other[1] for own, other in both]),
+            "ratio_clock": statistics.median([own[0] / other[0] for own, other in both]),
+            "cpu_seconds": statistics.median(cpu),
+            "fastest": min(cpu),
+            "slowest": max(cpu),
         }
-        for name, times in seconds.items()
-    }
-
-
-def commit() -> str:
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True)
-    return done.stdout.strip()
+    return result
 
 
 def main() -> None:
@@ -117,27 +120,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result: dict[str, object] = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit(),
-        "repeats": args.repeats,
-        "clock": args.clock,
-        "validate": args.validate,
-    }
+    result: dict[str, object] = environment()
+    result |= {"repeats": args.repeats, "validate": args.validate}
     for size in args.sizes:
         n, k = (int(part) for part in size.split("x"))
         result[size] = kinds = {}
         for kind in args.targets:
-            kinds[kind] = measure(n, k, kind, args.losses, args.repeats, args.clock, args.validate)
-            result["load_after"] = os.getloadavg()
+            kinds[kind] = measure(n, k, kind, args.losses, args.repeats, args.validate)
+            result["load_after"] = round(os.getloadavg()[0], 2)
             if args.out:
                 args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))

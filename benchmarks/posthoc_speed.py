@@ -16,16 +16,15 @@ size.
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from _environment import environment
 
 from diffcal.calibration.posthoc.registry import build_calibrator
 
@@ -128,18 +127,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     chosen = list(dict.fromkeys(["temperature", "consistency_gaussian", *args.methods]))
-    result: dict[str, object] = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg(),
-        "versions": {name: version(name) for name in ("torch", "numpy", "scikit-learn", "scipy")},
-        "repeats": args.repeats,
-    }
+    result: dict[str, object] = environment(packages=("scikit-learn", "scipy"))
+    result["repeats"] = args.repeats
     for size in args.sizes:
         n, k = (int(part) for part in size.split("x"))
         result[size] = run_size(n, k, args.repeats, args.fit_rows, chosen)
-        result["load_after"] = os.getloadavg()
+        result["load_after"] = round(os.getloadavg()[0], 2)
         result["peak_resident_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if args.out:
             args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

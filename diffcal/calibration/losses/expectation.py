@@ -69,21 +69,23 @@ def _weighted(z: Tensor, soft: Tensor, weight: ClassWeight, dim: int = 1) -> Ten
 
 
 class _BlockedExpectation(torch.autograd.Function):
+    """Values with their gradients made in one go: both come from the same softmax and weights.
+
+    The gradient of each row is kept until the backward pass scales it, in as much memory as torch's
+    cross-entropy keeps; a second backward pass of a retained graph makes it anew.
+    """
+
     @staticmethod
     def forward(ctx: FunctionCtx, z: Tensor, soft: Tensor, weight: ClassWeight) -> Tensor:
         ctx.save_for_backward(z, soft)
         ctx.weight = weight  # type: ignore[attr-defined]
-        parts = []
-        for rows, dim in row_blocks(z):
-            block, _, q = block_of(z, None, soft, rows, dim)
-            assert q is not None
-            log_p, p, rest = _probabilities(block, dim)
-            u, _ = weight.in_block(p, rest, dim, False)
-            values = u.mul_(q).mul_(log_p).sum(dim).neg_()
-            if not bool(values.isfinite().all()):  # 0 * infinity is NaN, and must be 0
-                values = _weighted(block, q, weight, dim)
-            parts.append(values)
-        return torch.cat(parts)
+        values, ctx.gradient = _values(  # type: ignore[attr-defined]
+            z,
+            soft,
+            weight,
+            ctx.needs_input_grad[0],  # type: ignore[attr-defined]
+        )
+        return values
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -94,18 +96,41 @@ class _BlockedExpectation(torch.autograd.Function):
             values = _weighted(z, soft, weight)
             (grad,) = torch.autograd.grad(values, z, slope, create_graph=True)
             return grad, None, None
+        kept, ctx.gradient = ctx.gradient, None  # type: ignore[attr-defined]
+        if kept is None:
+            _, kept = _values(z, soft, weight, True)
+        assert kept is not None
+        return kept.mul_(slope.unsqueeze(1)), None, None
+
+
+def _values(
+    z: Tensor, soft: Tensor, weight: ClassWeight, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of each row and, if asked, its gradient in the row's logits, by blocks."""
+    out = None
+    if with_gradient:
         out = torch.empty_like(z, memory_format=torch.contiguous_format)
-        for rows, dim in row_blocks(z):
-            block, _, q = block_of(z, None, soft, rows, dim)
-            assert q is not None
-            log_p, p, rest = _probabilities(block, dim)
-            h, du = weight.in_block(p, rest, dim, True)
-            if du is not None:
-                h.addcmul_(du.mul_(p), log_p.clamp_(min=UNDERFLOWN))
-            h.mul_(q).mul_(slope[rows].unsqueeze(dim))
-            grad = p.mul_(h.sum(dim, keepdim=True)).sub_(h)
-            out[rows] = grad if dim == 1 else grad.t()
-        return out, None, None
+    parts = []
+    for rows, dim in row_blocks(z):
+        block, _, q = block_of(z, None, soft, rows, dim)
+        assert q is not None
+        log_p, p, rest = _probabilities(block, dim)
+        h, du = weight.in_block(p, rest, dim, with_gradient)
+        h.mul_(q)
+        values = torch.mul(h, log_p, out=rest).sum(dim).neg_()
+        if not bool(values.isfinite().all()):  # 0 * infinity is NaN, and must be 0
+            values = _weighted(block, q, weight, dim)
+        parts.append(values)
+        if out is None:
+            continue
+        if du is not None:
+            h.addcmul_(du.mul_(p).mul_(q), log_p.clamp_(min=UNDERFLOWN))
+        total = h.sum(dim, keepdim=True)
+        if dim == 1:
+            torch.mul(p, total, out=out[rows]).sub_(h)
+        else:
+            out[rows] = p.mul_(total).sub_(h).t()
+    return torch.cat(parts), out
 
 
 def _probabilities(z: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
