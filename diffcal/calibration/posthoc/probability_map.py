@@ -10,27 +10,21 @@ from torch import Tensor
 
 from diffcal.calibration.posthoc.calibrator import Calibrator, FitData
 
-__all__ = ["MapScheme", "ProbabilityMap", "normalised", "with_top"]
+__all__ = ["EventMap", "MapScheme", "ProbabilityMap", "normalised", "with_top"]
 
 MapScheme = Literal["one_vs_rest", "top_label"]
 
 
 @dataclass(kw_only=True, eq=False)
-class ProbabilityMap(Calibrator):
+class EventMap(Calibrator):
     """One map [0, 1] → [0, 1] for each class, or one for the confidence of the top label.
 
     ``scheme="one_vs_rest"`` maps each class's probability by the map of that class and divides rows
     by their sums (a row of zeros becomes uniform). ``scheme="top_label"`` maps the confidence and
     rescales the other classes to fill 1 - confidence, so that another class may come out on top.
-
-    A map is a table of knots and values, between which it is a step (``constant``) or a line.
     """
 
     scheme: MapScheme = "one_vs_rest"
-
-    STATE: ClassVar = ("knots_", "values_", "ends_")
-    constant: ClassVar[bool]
-    """Whether value i holds on (knot i-1, knot i]; else values are joined by lines."""
 
     @property
     def preserves_argmax(self) -> bool:
@@ -38,10 +32,12 @@ class ProbabilityMap(Calibrator):
         return False
 
     @abstractmethod
-    def _fit_map(
-        self, scores: Float[Tensor, " n"], outcomes: Float[Tensor, " n"]
-    ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
-        """Knots (rising) and values of the map fitted to scores with outcomes in [0, 1]."""
+    def _fit_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Fit one map to each pair of scores and outcomes in [0, 1]."""
+
+    @abstractmethod
+    def map_value(self, probs: Float[Tensor, " b"], index: int = 0) -> Float[Tensor, " b"]:
+        """Probabilities mapped by the map of class ``index`` (0 for the top label)."""
 
     def _fit(self, data: FitData) -> None:
         p = data.predictions
@@ -50,8 +46,41 @@ class ProbabilityMap(Calibrator):
         else:
             probs, targets = data.log_probs.exp().cpu(), data.targets.cpu()
             pairs = [(probs[:, k], targets[:, k]) for k in range(data.classes)]
-        tables = [self._fit_map(c.contiguous(), t.contiguous()) for c, t in pairs]
-        self._store(tables)
+        self._fit_pairs([(scores.contiguous(), t.contiguous()) for scores, t in pairs])
+
+    def _probs(
+        self, z: Float[Tensor, "b k"], features: Float[Tensor, "b d"] | None
+    ) -> Float[Tensor, "b k"]:
+        p = z.softmax(dim=1)
+        if self.scheme == "top_label":
+            top, index = p.max(dim=1)
+            return with_top(p, index, self.map_value(top))
+        return normalised(self._mapped(p))
+
+    def _mapped(self, p: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+        columns = [self.map_value(p[:, k], k) for k in range(p.shape[1])]
+        return torch.stack(columns, dim=1)
+
+
+@dataclass(kw_only=True, eq=False)
+class ProbabilityMap(EventMap):
+    """An :class:`EventMap` whose maps are tables of knots and values.
+
+    Between knots a map is a step (``constant``) or a line.
+    """
+
+    STATE: ClassVar = ("knots_", "values_", "ends_")
+    constant: ClassVar[bool]
+    """Whether value i holds on (knot i-1, knot i]; else values are joined by lines."""
+
+    @abstractmethod
+    def _fit_map(
+        self, scores: Float[Tensor, " n"], outcomes: Float[Tensor, " n"]
+    ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+        """Knots (rising) and values of the map fitted to scores with outcomes in [0, 1]."""
+
+    def _fit_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self._store([self._fit_map(scores, outcomes) for scores, outcomes in pairs])
 
     def _store(self, tables: list[tuple[Tensor, Tensor]]) -> None:
         self.knots_ = torch.cat([knots for knots, _ in tables])
@@ -72,19 +101,6 @@ class ProbabilityMap(Calibrator):
         x0, x1 = x[right - 1], x[right]
         share = ((probs - x0) / (x1 - x0)).clamp(0, 1)
         return y[right - 1] + share * (y[right] - y[right - 1])
-
-    def _probs(
-        self, z: Float[Tensor, "b k"], features: Float[Tensor, "b d"] | None
-    ) -> Float[Tensor, "b k"]:
-        p = z.softmax(dim=1)
-        if self.scheme == "top_label":
-            top, index = p.max(dim=1)
-            return with_top(p, index, self.map_value(top))
-        return normalised(self._mapped(p))
-
-    def _mapped(self, p: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
-        columns = [self.map_value(p[:, k], k) for k in range(p.shape[1])]
-        return torch.stack(columns, dim=1)
 
 
 def normalised(values: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:

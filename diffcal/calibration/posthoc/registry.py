@@ -5,19 +5,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffcal.calibration.posthoc.affine import DirichletScaling, MatrixScaling, VectorScaling
+from diffcal.calibration.posthoc.beta import BetaCalibration
 from diffcal.calibration.posthoc.binning_maps import BayesianBinning, HistogramBinning
 from diffcal.calibration.posthoc.calibrator import Calibrator
 from diffcal.calibration.posthoc.class_temperature import ClassTemperatureScaling
 from diffcal.calibration.posthoc.consistency import ConsistencyCalibration
+from diffcal.calibration.posthoc.density_aware import DensityAwareCalibration
 from diffcal.calibration.posthoc.ensemble_temperature import EnsembleTemperatureScaling
 from diffcal.calibration.posthoc.feature_clipping import FeatureClipping, LogitClipping
 from diffcal.calibration.posthoc.feature_consistency import FeatureConsistency
+from diffcal.calibration.posthoc.gap_temperature import GapTemperatureScaling
 from diffcal.calibration.posthoc.group import GroupCalibration
 from diffcal.calibration.posthoc.identity import Identity
 from diffcal.calibration.posthoc.isotonic import IsotonicCalibration
+from diffcal.calibration.posthoc.near_isotonic import NearIsotonicEnsemble
 from diffcal.calibration.posthoc.parameterized_temperature import ParameterizedTemperatureScaling
 from diffcal.calibration.posthoc.pipeline import Pipeline
 from diffcal.calibration.posthoc.proximity import DensityRatioCalibration, ProximityBinning
+from diffcal.calibration.posthoc.scaling_binning import ScalingBinning
 from diffcal.calibration.posthoc.spline import SplineCalibration
 from diffcal.calibration.posthoc.temperature import TemperatureScaling
 from diffcal.config import config_from_dict
@@ -34,6 +39,8 @@ CALIBRATORS: dict[str, type[Calibrator]] = {
     "ets": EnsembleTemperatureScaling,
     "pts": ParameterizedTemperatureScaling,
     "cts": ClassTemperatureScaling,
+    "smart": GapTemperatureScaling,
+    "dac": DensityAwareCalibration,
     "consistency": ConsistencyCalibration,
     "feature_consistency": FeatureConsistency,
     "feature_clipping": FeatureClipping,
@@ -45,6 +52,9 @@ CALIBRATORS: dict[str, type[Calibrator]] = {
     "isotonic": IsotonicCalibration,
     "bbq": BayesianBinning,
     "spline": SplineCalibration,
+    "beta": BetaCalibration,
+    "enir": NearIsotonicEnsemble,
+    "scaling_binning": ScalingBinning,
 }
 
 

@@ -30,6 +30,8 @@ FAST = {
     "feature_consistency": {"num_samples": 20, "fit_samples": 5},
     "feature_clipping": {"grid_size": 20},
     "procal": {"neighbours": 5},
+    "smart": {"steps": 40},
+    "dac": {"neighbours": 5},
 }
 METHODS = [*CALIBRATORS, "feature_clipping+temperature", "temperature+histogram"]
 
