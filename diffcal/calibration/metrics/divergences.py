@@ -1,10 +1,16 @@
 """How far predicted distributions lie from soft labels."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diffcal.calibration.metrics.inputs import Predictions
+from diffcal.calibration.metrics.soft_label import (
+    entropies,
+    hellinger,
+    soft_cross_entropy,
+    squared_distance,
+    total_variation,
+)
 from diffcal.errors import DataError
 
 __all__ = ["SOFT_MEASURES", "soft_label_divergences"]
@@ -56,18 +62,16 @@ def soft_label_divergences(predictions: Predictions) -> dict[str, float]:
 
 
 def _block(q: Float[Tensor, "b k"], p: Float[Tensor, "b k"]) -> dict[str, Tensor]:
-    entropy_q, entropy_p = torch.special.entr(q), torch.special.entr(p)
-    cross = -torch.special.xlogy(q, p)
-    middle = torch.special.entr((q + p) / 2)
-    root = (q.sqrt() - p.sqrt()).square().sum(dim=1) / 2
+    # the entropies are needed three times, so that divergences are made of them here
+    cross, entropy_q, entropy_p = soft_cross_entropy(q, p), entropies(q), entropies(p)
     return {
         "cross_entropy": cross,
         "kl": cross - entropy_q,
-        "reverse_kl": -torch.special.xlogy(p, q) - entropy_p,
-        "js": middle - (entropy_q + entropy_p) / 2,
-        "total_variation": (p - q).abs() / 2,
-        "squared_distance": (p - q).square(),
-        "hellinger": root.sqrt(),
+        "reverse_kl": soft_cross_entropy(p, q) - entropy_p,
+        "js": entropies((q + p) / 2) - (entropy_q + entropy_p) / 2,
+        "total_variation": total_variation(q, p),
+        "squared_distance": squared_distance(q, p),
+        "hellinger": hellinger(q, p),
         "label_entropy": entropy_q,
         "prediction_entropy": entropy_p,
     }

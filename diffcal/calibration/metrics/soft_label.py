@@ -11,6 +11,7 @@ __all__ = [
     "compare_soft_labels",
     "entropies",
     "entropy_spearman",
+    "hellinger",
     "jensen_shannon",
     "kullback_leibler",
     "soft_cross_entropy",
@@ -34,7 +35,7 @@ def kullback_leibler(
 ) -> Float[Tensor, " b"]:
     """``Σ_k h_k log(h_k / p_k)`` of each example in nats, float64; infinite where p misses h."""
     h, p = human.double(), model.double()
-    return torch.special.xlogy(h, h).sum(dim=1) + soft_cross_entropy(h, p)
+    return soft_cross_entropy(h, p) - entropies(h)
 
 
 def soft_cross_entropy(
@@ -47,7 +48,7 @@ def soft_cross_entropy(
 def jensen_shannon(human: Float[Tensor, "b k"], model: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:
     """Jensen-Shannon divergence of each example in nats, float64 in [0, log 2]."""
     middle = (human.double() + model.double()) / 2
-    return (kullback_leibler(human, middle) + kullback_leibler(model, middle)) / 2
+    return entropies(middle) - (entropies(human) + entropies(model)) / 2
 
 
 def squared_distance(
@@ -55,6 +56,12 @@ def squared_distance(
 ) -> Float[Tensor, " b"]:
     """``Σ_k (h_k - p_k)²`` of each example, float64 in [0, 2]."""
     return (human.double() - model.double()).square().sum(dim=1)
+
+
+def hellinger(human: Float[Tensor, "b k"], model: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:
+    """``sqrt(½ Σ_k (√h_k - √p_k)²)`` of each example, float64 in [0, 1]."""
+    roots = human.double().sqrt() - model.double().sqrt()
+    return (roots.square().sum(dim=1) / 2).sqrt()
 
 
 def entropies(probs: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:
