@@ -23,6 +23,7 @@ from diffcal.attribution.gradients import (
 from diffcal.attribution.projection import Projector
 from diffcal.attribution.projection_factorised import FactorisedProjection, LayerSketch
 from diffcal.attribution.projectors import ChainedProjection
+from diffcal.core.tensors import require_finite
 from diffcal.errors import ConfigError
 
 __all__ = ["FusedGradients", "UnknownUse"]
@@ -160,6 +161,9 @@ class FusedGradients(PerSampleGradients):
             values, _ = self.objective(*pair)
             leaves = [*self.parameters.values(), *(t for t in pair if t.requires_grad)]
             found = torch.autograd.grad(values[0], leaves, materialize_grads=True)
+        for gradient in found:
+            # Before rows are compared: what is not a number differs from everything.
+            require_finite(gradient, "per-sample gradients")
         wanted, by_input = found[: len(self.parameters)], found[len(self.parameters) :]
         if any(bool(gradient[1].any()) for gradient in by_input):
             raise ConfigError(

@@ -11,6 +11,7 @@ Source: Park et al. 2023 (arXiv:2303.14186), section 2; D-TRAK (arXiv:2311.00500
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,26 @@ from torch import Tensor
 
 from diffcal.attribution.baselines import cosine_blocks, dot_blocks
 from diffcal.attribution.damping_selection import choose_damping, path_predictions
-from diffcal.attribution.feature_store import FeatureStore
+from diffcal.attribution.ensemble import ScoredModel, ensemble_scores
 from diffcal.attribution.lds import LDS, stream_predictions
 from diffcal.attribution.lds_controls import lds_controls
 from diffcal.attribution.residuals import residual_weights
 from diffcal.attribution.rows import TensorRows
-from diffcal.attribution.score_config import ScoreConfig, score_features
+from diffcal.attribution.score_config import ScoreConfig
 from diffcal.attribution.scores import score_path
 from diffcal.config import config_to_dict
 from diffcal.core.devices import one_thread
 from diffcal.core.runs import claim_folder, fingerprint, write_json, write_text
 from diffcal.data.sources import open_images
 from diffcal.diffusion.checkpoints import load_denoiser
-from diffcal.diffusion.denoisers import images_to_model
-from diffcal.workflows.das_config import METHODS, StoreConfig
-from diffcal.workflows.das_features import make_featuriser, write_features
+from diffcal.diffusion.denoisers import Denoiser, images_to_model
+from diffcal.workflows.das_config import StoreConfig
+from diffcal.workflows.das_features import write_features
 from diffcal.workflows.das_images import open_queries
-from diffcal.workflows.das_index import AttributionIndex, build_index
+from diffcal.workflows.das_index import AttributionIndex, build_index, open_index
 from diffcal.workflows.das_lds_config import LdsConfig
-from diffcal.workflows.das_losses import loss_tables, write_queries
+from diffcal.workflows.das_losses import generated_images, loss_tables, write_queries
+from diffcal.workflows.das_path import PathRows
 from diffcal.workflows.das_subset_models import BASE, train_models, training_rows
 
 __all__ = ["run_lds"]
@@ -77,7 +79,7 @@ def run_lds(
     if state.is_main_process:
         claim: dict[str, Any] = config_to_dict(config) | {"data_fingerprint": source.fingerprint}
         # What is judged may grow without another training.
-        for name in ("methods", "readouts", "features", "folds", "resamples"):
+        for name in ("methods", "readouts", "features", "encoder", "folds", "resamples"):
             del claim[name]
         del claim["data"]["name"]
         if config.subsets.together == 1:
@@ -113,41 +115,59 @@ def run_lds(
     }
 
 
+@dataclass(frozen=True)
 class _Features:
-    """Rows of one method: of the training images, and of each set of queries."""
+    """Rows of one method, for each model or checkpoint that it compares."""
 
-    def __init__(self, index: AttributionIndex, queries: dict[str, Tensor]) -> None:
-        self.index, self.queries = index, queries
+    models: list[AttributionIndex]
+    """The fully trained model last."""
+    queries: dict[str, list[Tensor]]
+    """Of each set of queries that the method can judge."""
 
 
 def _featurise(
     config: LdsConfig, out: Path, method: str, sets: dict[str, Path], state: Any, device: str
 ) -> _Features | None:
-    if method not in METHODS:
-        return None
     settings = config.index_config(method)
+    if settings.inputs == "pixels":
+        return None
     where = str(state.device) if device == "auto" else device
-    denoiser = load_denoiser(out / "models" / BASE / "checkpoint", device=where)
+    run = out / "models" / BASE
     # Methods that differ in their scores alone share their features.
-    name = fingerprint(config_to_dict(settings.features))[:12]
+    parts: list[Any] = [config_to_dict(settings.features)]
+    denoiser: Denoiser | None = None
+    if settings.inputs == "encoder":
+        parts = ["encoder", config_to_dict(settings.encoder)]
+    if len(settings.checkpoints) > 1:
+        parts += [list(settings.checkpoints)]
+        settings = replace(settings, model=replace(settings.model, source=str(run)))
+    else:
+        denoiser = load_denoiser(run / "checkpoint", device=where)
+    name = fingerprint(parts if len(parts) > 1 else parts[0])[:12]
     folder = out / "indexes" / name
     build_index(settings, folder, denoiser=denoiser, device=device)
-    index = AttributionIndex.open(folder, denoiser=denoiser, device=where)
-    featuriser = make_featuriser(settings, denoiser)
-    rows = {}
+    models = open_index(folder, denoiser=denoiser, device=where)
+    rows: dict[str, list[Tensor]] = {}
     for kind, path in sets.items():
-        queries = open_queries(str(path), denoiser)
-        store, _ = write_features(
-            featuriser,
-            queries,
-            folder / "queries" / kind,
-            StoreConfig(dtype="float32"),
-            state,
-            role="query",
-            title=f"{method}, {kind}",
-        )
-        rows[kind] = store.rows()
-    return _Features(index, rows)
+        if settings.queries_from == "sampling-path" and kind != "generated":
+            continue  # nobody drew the others
+        for one in models:
+            queries = open_queries(str(path), one.denoiser)
+            maker, place = one.rows, kind
+            if settings.queries_from == "sampling-path":
+                drawn = generated_images(config, one.denoiser)
+                maker, place = PathRows(settings, one.denoiser, drawn), f"{kind}-path"
+            store, _ = write_features(
+                maker,
+                queries,
+                one.folder / "queries" / place,
+                StoreConfig(dtype="float32"),
+                state,
+                role="query",
+                title=f"{method}, {kind}",
+            )
+            rows.setdefault(kind, []).append(store.rows())
+    return _Features(models, rows)
 
 
 def _judge(
@@ -171,18 +191,22 @@ def _judge(
                 _record(config, method, "signed", kind, guess, losses[kind], None, alike)
             )
             continue
+        if kind not in features.queries:
+            continue
         scores = config.index_config(method).scores
         if scores.method != "kernel":
-            guess = stream_predictions(
-                score_features(scores, features.queries[kind], features.index.store), masks
-            )
+            models = [
+                ScoredModel(rows, one.store)
+                for rows, one in zip(features.queries[kind], features.models, strict=True)
+            ]
+            guess = stream_predictions(ensemble_scores(scores, models), masks)
             records.append(
                 _record(config, method, "signed", kind, guess, losses[kind], None, alike)
             )
             continue
         for readout in config.readouts:
             path_guesses, dampings, default = _over_dampings(
-                scores, readout, features, features.queries[kind], masks
+                scores, readout, features.models[-1], features.queries[kind][-1], masks
             )
             choice = _choose(config, path_guesses[:-1], losses[kind], dampings)
             records.append(
@@ -195,11 +219,10 @@ def _judge(
 
 
 def _over_dampings(
-    scores: ScoreConfig, readout: str, features: _Features, queries: Tensor, masks: Tensor
+    scores: ScoreConfig, readout: str, index: AttributionIndex, queries: Tensor, masks: Tensor
 ) -> tuple[Tensor, list[float], float]:
     """Predictions at every damping of the grid and, last, at the method's own; the dampings."""
-    store: FeatureStore = features.index.store
-    kernel = features.index.kernel()
+    store, kernel = index.store, index.kernel()
     grid, default = scores.absolute_grid(kernel), scores.absolute_damping(kernel)
     residual = None
     if scores.residual != "none":

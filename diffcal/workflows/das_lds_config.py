@@ -8,7 +8,13 @@ from diffcal.config import config_from_dict
 from diffcal.diffusion.samplers import SamplerConfig
 from diffcal.diffusion.training import OptimizerConfig
 from diffcal.errors import ConfigError
-from diffcal.workflows.das_config import METHODS, DasConfig, TrainingImages, method_settings
+from diffcal.mixing.encoding import EncoderConfig
+from diffcal.workflows.das_config import (
+    INDEX_METHODS,
+    DasConfig,
+    TrainingImages,
+    method_settings,
+)
 from diffcal.workflows.train_diffusion import NetworkConfig, TrainDiffusionConfig
 
 __all__ = ["LIKENESS", "LdsConfig", "LdsQueries", "LossConfig", "SubsetConfig"]
@@ -92,25 +98,33 @@ class LdsConfig:
     """Kernel methods are judged with each of these, whatever their own is."""
     features: dict[str, Any] = field(default_factory=dict)
     """Settings that all methods share, as ``{"timesteps": 10, "projection": {"dim": 2048}}``."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Of the methods ``encoder-dot`` and ``encoder-cosine``; the attributed model's own layers by
+    default."""
     folds: int = 2
     """Of subsets, for a damping that is judged where it was not chosen."""
     resamples: int = 500
 
     def __post_init__(self) -> None:
         for name in self.methods:
-            if name not in (*METHODS, *LIKENESS):
-                raise ConfigError(
-                    f"unknown method '{name}': use {', '.join((*METHODS, *LIKENESS))}"
-                )
-            if name in METHODS:
-                self.index_config(name)
+            if name not in INDEX_METHODS:
+                raise ConfigError(f"unknown method '{name}': use {', '.join(INDEX_METHODS)}")
+            self.index_config(name)
+            if PRESETS[name].get("queries") == "sampling-path" and not self.queries.generated:
+                raise ConfigError(f"'{name}' judges generated queries alone: set queries.generated")
 
     def index_config(self, method: str) -> DasConfig:
         """What is featurised for ``method``."""
-        values = method_settings(method, self.features)
+        values = method_settings(method, self.features) | {"encoder": self.encoder}
         return config_from_dict(DasConfig, {**values, "data": self.data})
 
-    def training_config(self, seed: int) -> TrainDiffusionConfig:
+    @property
+    def kept_checkpoints(self) -> tuple[float, ...]:
+        """Shares of the training at which some method wants the attributed model."""
+        shares = {share for name in self.methods for share in PRESETS[name].get("checkpoints", ())}
+        return tuple(sorted(shares - {1.0}))
+
+    def training_config(self, seed: int, keep: tuple[float, ...] = ()) -> TrainDiffusionConfig:
         """How one model is trained, on images that are handed over."""
         steps = self.optimizer.steps
         return TrainDiffusionConfig(
@@ -123,4 +137,5 @@ class LdsConfig:
             sample_every=steps,
             sample_steps=8,
             weights="float32",
+            keep=keep,
         )

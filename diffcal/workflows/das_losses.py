@@ -26,7 +26,7 @@ from diffcal.workflows.das_lds_config import LdsConfig, LossConfig
 from diffcal.workflows.das_redraw import ClassImages
 from diffcal.workflows.das_subset_models import BASE, model_names, training_rows
 
-__all__ = ["loss_tables", "query_losses", "write_images", "write_queries"]
+__all__ = ["generated_images", "loss_tables", "query_losses", "write_images", "write_queries"]
 
 
 def write_queries(config: LdsConfig, out: Path, models: Path, device: str) -> None:
@@ -58,15 +58,21 @@ def write_queries(config: LdsConfig, out: Path, models: Path, device: str) -> No
     path = out / "generated.parquet"
     if asked.generated and not path.exists():
         denoiser = load_denoiser(models / BASE / "checkpoint", device=device)
-        drawn = ClassImages(
-            asked.generated,
-            denoiser.class_names,
-            asked.sampler,
-            seed=asked.seed,
-            stream="lds-query",
-            batch=config.losses.batch,
-        )
+        drawn = generated_images(config, denoiser)
         write_images(path, drawn.draw(denoiser).numpy(), drawn.labels.numpy())
+
+
+def generated_images(config: LdsConfig, denoiser: Denoiser) -> ClassImages:
+    """The generated queries, which the attributed model can draw again."""
+    asked = config.queries
+    return ClassImages(
+        asked.generated,
+        denoiser.class_names,
+        asked.sampler,
+        seed=asked.seed,
+        stream="lds-query",
+        batch=config.losses.batch,
+    )
 
 
 def loss_tables(

@@ -155,7 +155,8 @@ def training_rows(config: LdsConfig, source: ImageSource) -> range:
 def _train(config: LdsConfig, out: Path, member: Member, device: str) -> None:
     accelerator = LoneAccelerator(cpu=device == "cpu", mixed_precision=config.optimizer.precision)
     summary = train_diffusion(
-        config.training_config(member.seed),
+        # Methods that follow a training follow that of the attributed model.
+        config.training_config(member.seed, config.kept_checkpoints if member.name == BASE else ()),
         out,
         source=member.images,
         accelerator=accelerator,

@@ -9,6 +9,8 @@ from accelerate import PartialState
 from launch import launch
 from safetensors.torch import load_file
 
+from diffcal.attribution.feature_store import FeatureStore
+from diffcal.attribution.lds import linear_datamodeling_score, predictions_of
 from diffcal.attribution.outputs import DenoiserObjective
 from diffcal.attribution.timesteps import noise_levels
 from diffcal.cli import main
@@ -189,8 +191,8 @@ def test_other_experiments_and_training_images_as_queries_are_refused(experiment
         run_lds(small("subsets.count=5"), out, device="cpu")
     with pytest.raises(ConfigError, match="held-out images must be others"):
         write_queries(small("queries.first_row=18"), tmp_path, out / "models", "cpu")
-    with pytest.raises(ConfigError, match="unknown method 'tracincp'"):
-        small("methods=['tracincp']")
+    with pytest.raises(ConfigError, match="unknown method 'datamodel'"):
+        small("methods=['datamodel']")
     arguments = ["das", "lds", "--preset", "digits", "--set", "losses.timesteps=0"]
     assert main([*arguments, "--out", str(tmp_path / "x")]) == 2
 
@@ -205,3 +207,37 @@ def test_losses_do_not_depend_on_the_batch(experiment):
     parts = query_losses(denoiser, queries, LossConfig(timesteps=2, noises=2, batch=2))
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=0)
     assert not torch.equal(whole[0], whole[1])
+
+
+def test_checkpoints_paths_and_embeddings_are_judged_as_well(tmp_path):
+    methods = "methods=['tracincp','journey-trak','encoder-cosine']"
+    more = ["optimizer.steps=4", "features.projection.dim=16", "queries.sampler.steps=2"]
+    config = small(methods, *more)
+    run_lds(config, tmp_path, device="cpu")
+    kept = sorted(path.name for path in (tmp_path / "models/base/checkpoints").iterdir())
+    assert kept == ["step-0000001", "step-0000002", "step-0000003"]
+    assert not (tmp_path / "models/subset-00000-seed-0/checkpoints").exists()
+    found = {
+        (row["method"], row["queries"], row["readout"]): row["lds"]["mean"]
+        for row in read_json(tmp_path / "lds.json")["results"]
+    }
+    assert {key[:2] for key in found} == {
+        *(("tracincp", kind) for kind in ("validation", "generated")),
+        *(("encoder-cosine", kind) for kind in ("validation", "generated")),
+        ("journey-trak", "generated"),
+    }
+    # TracInCP by hand: the mean of the products at four stages.
+    ((group,),) = [[path.parent for path in tmp_path.glob("indexes/*/models")]]
+    scores = torch.zeros(3, 20, dtype=torch.float64)
+    for at in range(4):
+        folder = group / f"models/{at:02d}"
+        rows = FeatureStore.open(folder / "features").rows().double()
+        asked = FeatureStore.open(folder / "queries/validation").rows().double()
+        scores += asked @ rows.T
+    masks = masks_of(config, torch.as_tensor(open_images("digits").labels[:20]))
+    tables = [load_file(path)["losses"] for path in sorted((tmp_path / "losses").iterdir())]
+    losses = torch.stack(tables).mean(dim=1)[:, 2:]
+    expected = linear_datamodeling_score(predictions_of(scores, masks), losses, n_resamples=10)
+    assert found["tracincp", "validation", "signed"] == pytest.approx(expected.mean, abs=1e-6)
+    with pytest.raises(ConfigError, match="judges generated queries alone"):
+        small("methods=['journey-trak']", "queries.generated=0")
