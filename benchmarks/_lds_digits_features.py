@@ -38,7 +38,6 @@ GRIDS: dict[int, int | tuple[int, ...]] = {1: (500,), 2: 2, 10: 10, 100: 100}
 """Timesteps of each T: one alone is the middle one, more are evenly spaced from 0 on."""
 SIZE = 4096
 SJLT = {f"sjlt-{k}": ProjectionConfig(kind="sjlt", dim=k, seed=0) for k in (256, 1024, SIZE)}
-GAUSSIAN = {"gaussian": ProjectionConfig(kind="gaussian", dim=SIZE, seed=42, unit_variance=True)}
 EXACT = ProjectionConfig(kind="identity")
 
 Rows = dict[str, Tensor]
@@ -65,7 +64,7 @@ def feature_sets(toy: Toy) -> dict[str, FeatureSet]:
     for t in GRIDS:
         for noise in ("shared", "slot", "independent"):
             sketches = dict(SJLT) if t == 10 else {f"sjlt-{SIZE}": SJLT[f"sjlt-{SIZE}"]}
-            kept = {"shared": sketches, "slot": GAUSSIAN}.get(noise, {})
+            kept = sketches if noise == "shared" else {}
             sets[f"mean, {noise}, T={t}"] = FeatureSet(config(t, noise=noise), kept)
         for name, functional in (("dtrak", "mean-squared-l2-norm"), ("trak", "loss")):
             published = {
@@ -73,7 +72,6 @@ def feature_sets(toy: Toy) -> dict[str, FeatureSet]:
             }
             sets[f"{name}, T={t}"] = FeatureSet(
                 config(t, functional=functional, **published),
-                GAUSSIAN,
                 journey=(name, t) == ("trak", 10),
             )
     for functional in ("loss", "mean-squared-l2-norm"):

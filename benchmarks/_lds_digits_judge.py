@@ -1,5 +1,6 @@
 """Every method on the two toys, judged alike; the records and comparisons of ``lds_digits.py``."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,11 @@ def judge(toy: Toy, work: Path) -> tuple[Judge, dict[str, Any]]:
             return
         rows = read_rows(work, toy, features, kind)
         start = PRESETS[preset]["scores"] if preset else {}
+        scale = _sketch_scale(preset) if kind == "exact" else 1.0
         judge.kernel(
             name,
-            rows["training"],
-            {track: rows[role or track] for track in tracks},
+            rows["training"] * scale,
+            {track: rows[role or track] * scale for track in tracks},
             settings=config_from_dict(ScoreConfig, {**start, **scores}),
             errors=read_errors(work, toy, features),
             readouts=readouts,
@@ -76,9 +78,9 @@ def judge(toy: Toy, work: Path) -> tuple[Judge, dict[str, Any]]:
     for t in T:
         controls = PLAIN if t in (2, 10) else ()
         kernel(f"das, T={t}", f"mean, shared, T={t}", f"sjlt-{SIZE}", "das", controls=controls)
-        kernel(f"das-official, T={t}", f"mean, slot, T={t}", "gaussian", "das-official")
-        kernel(f"dtrak, T={t}", f"dtrak, T={t}", "gaussian", "dtrak")
-        kernel(f"trak, T={t}", f"trak, T={t}", "gaussian", "trak")
+        kernel(f"das-official, T={t}", f"mean, slot, T={t}", preset="das-official")
+        kernel(f"dtrak, T={t}", f"dtrak, T={t}", preset="dtrak")
+        kernel(f"trak, T={t}", f"trak, T={t}", preset="trak")
     # Exact features: what noise and functional do.
     for noise in ("shared", "slot", "independent"):
         for t in T:
@@ -104,6 +106,16 @@ def judge(toy: Toy, work: Path) -> tuple[Judge, dict[str, Any]]:
         "leverage": _leverages(toy, work),
         "gaps": _gaps(judge, set(absent)),
     }
+
+
+def _sketch_scale(preset: str | None) -> float:
+    """What a dense sketch of unit variance multiplies lengths by: sqrt(k).
+
+    Published presets are given exact gradients of that scale, so that their absolute dampings mean what
+    they mean there, without the error of the sketch.
+    """
+    projection = PRESETS[preset]["features"]["projection"] if preset else {}
+    return math.sqrt(projection["dim"]) if projection.get("unit_variance") else 1.0
 
 
 def _baselines(toy: Toy, work: Path, judge: Judge, pictures: dict[str, Any], kernel: Any) -> None:
