@@ -125,9 +125,11 @@ def floor_read(z: torch.Tensor, _: torch.Tensor) -> dict[str, float]:
 TASKS: dict[str, Task] = {
     "ours_as_torchmetrics": ours_as_torchmetrics,
     "torchmetrics": torchmetrics,
-    "ours_as_netcal": lambda p, y: as_netcal(Predictions(probs=p, labels=y)),
+    "ours_as_netcal": lambda p, y: as_netcal(Predictions(probs=p, labels=y, with_scores=False)),
     "netcal": netcal,
-    "ours_as_netcal_from_logits": lambda z, y: as_netcal(Predictions(logits=z, labels=y)),
+    "ours_as_netcal_from_logits": lambda z, y: as_netcal(
+        Predictions(logits=z, labels=y, with_scores=False)
+    ),
     "netcal_from_logits": lambda z, y: netcal(z.softmax(1), y),
     "ours_summary": lambda z, y: calibration_summary(logits=z, labels=y),
     "floor_read": floor_read,

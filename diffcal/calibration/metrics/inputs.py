@@ -139,6 +139,8 @@ class Predictions(Confidences):
         renormalize: Divide rows of ``probs`` by their sums first (any positive sum is then allowed).
         eps: Probabilities below this count as this in the log score; 0 gives infinity where a
             probability of 0 was given to a class that occurred. Only for ``probs``.
+        with_scores: Whether to sum log and Brier scores in the first reading. Without, they cost a
+            second one if asked for, and the first one is quicker.
 
     Attributes:
         confidence, outcome: see :class:`Confidences`, float64 ``[n]``.
@@ -149,8 +151,6 @@ class Predictions(Confidences):
             (logits passed as probabilities, for example), fewer than two classes, no rows.
     """
 
-    mean_log_score: float
-
     def __init__(
         self,
         *,
@@ -160,6 +160,7 @@ class Predictions(Confidences):
         soft_labels: Tensor | np.ndarray | None = None,
         renormalize: bool = False,
         eps: float = 0.0,
+        with_scores: bool = True,
     ) -> None:
         if (logits is None) == (probs is None):
             raise DataError("give exactly one of logits and probs")
@@ -185,7 +186,7 @@ class Predictions(Confidences):
         self._eps = eps
         self.labels = None if labels is None else _hard(labels, n, self.classes, scores.device)
         self.soft_labels = None if soft_labels is None else _soft(soft_labels, scores)
-        self._pass()
+        self._pass(with_scores)
 
     @property
     def predicted(self) -> Int[Tensor, " n"]:
@@ -203,11 +204,14 @@ class Predictions(Confidences):
         return self._rows()[1]
 
     @property
+    def mean_log_score(self) -> float:
+        """Mean of :attr:`log_score`."""
+        return self._score_means()[0]
+
+    @property
     def mean_brier(self) -> float:
         """Mean of :attr:`brier`."""
-        if self._mean_brier is None:
-            self._mean_brier = self._read_quickly(brier=True)[1]
-        return self._mean_brier
+        return self._score_means()[1]
 
     @property
     def is_soft(self) -> bool:
@@ -266,7 +270,7 @@ class Predictions(Confidences):
         made.scores = self.scores[rows]
         made.labels = None if y is None else y[rows]
         made.soft_labels = None if q is None else q[rows]
-        made._pass()
+        made._pass(with_scores=True)
         return made
 
     def scaled(self, temperature: float) -> "Predictions":
@@ -287,7 +291,7 @@ class Predictions(Confidences):
             shape = (3, len(self))
             table = torch.empty(shape, dtype=torch.float64, device=self.scores.device)
             if self._quick:
-                self._read_quickly(brier=True, rows_into=table)
+                self._read_quickly(with_scores=True, rows_into=table)
                 return table
             for rows, columns in self._blocks():
                 table[:, rows] = torch.stack(columns[2:5])
@@ -295,7 +299,15 @@ class Predictions(Confidences):
 
         return self.cached("rows", make)
 
-    def _pass(self) -> None:
+    def _score_means(self) -> tuple[float, float]:
+        def make() -> tuple[float, float]:
+            made = self._read_quickly(with_scores=True)
+            assert made is not None
+            return made
+
+        return self.cached("score means", make)
+
+    def _pass(self, with_scores: bool) -> None:
         """Read everything once: confidences and outcomes are kept, scores only summed."""
         n, device = len(self.scores), self.scores.device
         small = torch.int16 if self.classes < 2**15 else torch.int32
@@ -307,9 +319,9 @@ class Predictions(Confidences):
         self._quick = not self.is_soft and device.type == "cpu" and not self._renormalize
         if self._quick:
             try:
-                # of probabilities the Brier score would double the time: read again if asked for
-                means = self._read_quickly(brier=self.is_logits, keep=True)
-                self.mean_log_score, self._mean_brier = means
+                means = self._read_quickly(with_scores=with_scores, keep=True)
+                if means is not None:
+                    self.cached("score means", lambda: means)
                 return
             except Unreadable:
                 self._quick = False  # for the slower path to name the row, or accept it
@@ -317,12 +329,13 @@ class Predictions(Confidences):
         for rows, (top, right, log_score, brier, _, index) in self._blocks():
             confidence[rows], outcome[rows], self._predicted[rows] = top, right, index
             totals += torch.stack([log_score.sum(), brier.sum()])
-        self.mean_log_score, self._mean_brier = (totals / n).tolist()
+        means = tuple((totals / n).tolist())
+        self.cached("score means", lambda: means)
 
     def _read_quickly(
-        self, *, brier: bool, keep: bool = False, rows_into: Tensor | None = None
-    ) -> tuple[float, float | None]:
-        """Means of the log score and, if asked, the Brier score, by :mod:`row_reading`.
+        self, *, with_scores: bool, keep: bool = False, rows_into: Tensor | None = None
+    ) -> tuple[float, float] | None:
+        """Means of the log and Brier scores, if asked for, by :mod:`row_reading`.
 
         Args:
             keep: Set confidences, outcomes and predicted classes.
@@ -337,26 +350,27 @@ class Predictions(Confidences):
                 made = (values.confidence, values.right, values.predicted)
                 for column, value in zip(kept, made, strict=True):
                     column[rows] = value
-            if table is not None:
-                assert values.brier is not None
-                table[:, rows] = values.log_score, values.brier, values.normaliser
-            squares = 0.0 if values.brier is None else float(values.brier.sum())
-            sums[rows.start] = float(values.log_score.sum()), squares
+            if values.log_score is not None and values.brier is not None:
+                sums[rows.start] = float(values.log_score.sum()), float(values.brier.sum())
+                if table is not None:
+                    table[:, rows] = values.log_score, values.brier, values.normaliser
 
         assert self.labels is not None
         read_rows(
             self.scores,
             self.labels,
             logits=self.is_logits,
-            brier=brier,
+            with_scores=with_scores,
             eps=self._eps,
             sum_tolerance=SUM_TOLERANCE,
             take=take,
         )
+        if not with_scores:
+            return None
         # so that the number of threads changes nothing
         ordered = [sums[start] for start in sorted(sums)]
-        log_score, squares = (sum(column) for column in zip(*ordered, strict=True))
-        return log_score / len(self), squares / len(self) if brier else None
+        log_score, brier = (sum(column) for column in zip(*ordered, strict=True))
+        return log_score / len(self), brier / len(self)
 
     def _blocks(self) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         """For blocks of rows: confidence, outcome, log score, Brier score, normaliser, class."""

@@ -37,11 +37,10 @@ class RowValues:
     """Lowest index among equal maxima."""
     confidence: Table
     right: Table
-    log_score: Table
-    brier: Table | None
-    """None where it was not wanted."""
-    normaliser: Table
-    """Of logits their log-sum-exp, of probabilities their sum."""
+    log_score: Table | None = None
+    brier: Table | None = None
+    normaliser: Table | None = None
+    """Of logits their log-sum-exp, of probabilities their sum. None where scores were not wanted."""
 
 
 class Unreadable(ValueError):
@@ -53,7 +52,7 @@ def read_rows(
     labels: Tensor,
     *,
     logits: bool,
-    brier: bool,
+    with_scores: bool,
     eps: float,
     sum_tolerance: float,
     take: Callable[[slice, RowValues], None],
@@ -63,7 +62,7 @@ def read_rows(
     Args:
         scores: ``[n, k]`` logits, or probabilities that sum to 1 within ``sum_tolerance``.
         labels: ``[n]`` within 0..k-1.
-        brier: Whether the Brier score is wanted (of logits it costs little).
+        with_scores: Whether log scores, Brier scores and normalisers are wanted too.
         eps: Probabilities below this count as this in the log score; only for probabilities.
         take: Called with the rows of a block and their values, from several threads at once but
             never twice for the same rows.
@@ -91,9 +90,9 @@ def read_rows(
             block = table[rows].float().numpy() if raised else table[rows]
             with np.errstate(all="ignore"):
                 if logits:
-                    values = _of_logits(block, y[rows], spare, brier)
+                    values = _of_logits(block, y[rows], spare, with_scores)
                 else:
-                    values = _of_probs(block, y[rows], spare, brier, eps, sum_tolerance)
+                    values = _of_probs(block, y[rows], spare, with_scores, eps, sum_tolerance)
             take(rows, values)
 
     if workers == 1:
@@ -104,7 +103,7 @@ def read_rows(
             done.result()
 
 
-def _of_logits(block: Table, y: Table, spare: Table, brier: bool) -> RowValues:
+def _of_logits(block: Table, y: Table, spare: Table, with_scores: bool) -> RowValues:
     e, axis, places = _laid_out(block, spare)
     flat = e.reshape(-1)
     low = block.min() if axis else e.min()
@@ -112,38 +111,41 @@ def _of_logits(block: Table, y: Table, spare: Table, brier: bool) -> RowValues:
     if not (np.isfinite(low) and np.isfinite(top.max())):  # NaN is both the least and the largest
         raise Unreadable
     e -= np.expand_dims(top, axis)
-    z_y = flat[places(y)]
+    z_y = flat[places(y)] if with_scores else None
     np.exp(e, out=e)
     norm = _sums(e, axis)
-    log_norm = np.log(norm)
-    squares = None
-    if brier:
-        squares = _square_sums(e, axis)
-        squares /= norm
-        squares /= norm
-        squares -= 2 * (np.exp(z_y) / norm)
-        squares += 1
-        np.maximum(squares, 0, out=squares)
     right = predicted == y
-    return RowValues(predicted, 1 / norm, right, log_norm - z_y, squares, log_norm + top)
+    if z_y is None:
+        return RowValues(predicted, 1 / norm, right)
+    log_norm = np.log(norm)
+    brier = _square_sums(e, axis)
+    brier /= norm
+    brier /= norm
+    brier -= 2 * (np.exp(z_y) / norm)
+    brier += 1
+    np.maximum(brier, 0, out=brier)
+    return RowValues(predicted, 1 / norm, right, log_norm - z_y, brier, log_norm + top)
 
 
 def _of_probs(
-    block: Table, y: Table, spare: Table, brier: bool, eps: float, sum_tolerance: float
+    block: Table, y: Table, spare: Table, with_scores: bool, eps: float, sum_tolerance: float
 ) -> RowValues:
     few = block.shape[1] < FEW_CLASSES
-    p, axis, places = _laid_out(block, spare) if few or brier else (block, 1, _by_row(block))
+    copied = few or with_scores
+    p, axis, places = _laid_out(block, spare) if copied else (block, 1, _by_row(block))
     low = block.min() if axis else p.min()
     # the precision of the input tells well enough whether a sum lies well inside the tolerance
     sums = _sums(p, axis)
     if not (low >= 0 and np.abs(sums - 1).max() <= sum_tolerance / 2):
         raise Unreadable
     predicted, top = _largest(block, p, axis, places)
+    confidence, right = np.minimum(top, 1), predicted == y
+    if not with_scores:
+        return RowValues(predicted, confidence, right)
     p_y = _taken(p, places(y))
-    squares = _square_sums(p, axis) - p_y**2 + (1 - p_y) ** 2 if brier else None
+    brier = _square_sums(p, axis) - p_y**2 + (1 - p_y) ** 2
     log_score = -np.log(np.maximum(p_y, eps))  # infinite where an impossible class occurred
-    right = predicted == y
-    return RowValues(predicted, np.minimum(top, 1), right, log_score, squares, sums)
+    return RowValues(predicted, confidence, right, log_score, brier, sums)
 
 
 def _laid_out(block: Table, spare: Table) -> tuple[Table, int, Callable[[Table], Table]]:

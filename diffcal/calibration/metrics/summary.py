@@ -84,6 +84,9 @@ SOFT_COMMON_MEASURES = (
 )
 """What a summary adds for soft labels."""
 
+OF_SCORES = frozenset(("nll", "brier", "brier_mean"))
+"""Measures that are means of scores, read together with the confidences where one is asked for."""
+
 CLASSWISE_LIMIT = 2_000_000_000
 """Operations up to which class-wise intervals are computed."""
 
@@ -213,7 +216,8 @@ def evaluate(
     Returns:
         A mapping from name to :class:`Measurement`. Values that are undefined are NaN and say so.
     """
-    made = _gather(predictions, logits, probs, labels, soft_labels)
+    with_scores = isinstance(measures, str) or not OF_SCORES.isdisjoint(measures)
+    made = _gather(predictions, logits, probs, labels, soft_labels, with_scores)
     if measures == "benchmark":
         if not isinstance(made, Predictions):
             raise DataError("the benchmark's measures need the probabilities of all classes")
@@ -345,10 +349,17 @@ def _gather(
     probs: Tensor | np.ndarray | None,
     labels: Tensor | np.ndarray | None,
     soft_labels: Tensor | np.ndarray | None,
+    with_scores: bool = True,
 ) -> Confidences:
     raw = (logits, probs, labels, soft_labels)
     if predictions is None:
-        return Predictions(logits=logits, probs=probs, labels=labels, soft_labels=soft_labels)
+        return Predictions(
+            logits=logits,
+            probs=probs,
+            labels=labels,
+            soft_labels=soft_labels,
+            with_scores=with_scores,
+        )
     if any(value is not None for value in raw):
         raise DataError("give either predictions or logits/probs with labels, not both")
     return predictions
