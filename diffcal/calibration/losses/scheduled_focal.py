@@ -47,12 +47,19 @@ class ScheduledFocal(EpochLoss):
         self.gammas = tuple(check_gamma(gamma) for gamma in gammas)
         self.shares = tuple(shares)
         self.register_buffer("progress", torch.zeros(()))
+        self.register_load_state_dict_post_hook(lambda module, _: module._settle())  # type: ignore[attr-defined]
+        self._settle()
 
     @property
     def gamma(self) -> float:
         """The present gamma."""
+        return self.gammas[self._stage]
+
+    def _settle(self) -> None:
+        # a plain number beside the buffer: a compiled graph cannot depend on a tensor's value
+        progress = float(self.progress)
         # a float32 of 100 / 350 must count as having reached it
-        return self.gammas[sum(float(self.progress) >= share - 1e-6 for share in self.shares)]
+        self._stage = sum(progress >= share - 1e-6 for share in self.shares)
 
     def forward(self, logits: Float[Tensor, "n k *d"], targets: Tensor) -> Float[Tensor, "*r"]:
         """Focal loss of ``targets``, hard or soft, with the present gamma."""
@@ -60,3 +67,4 @@ class ScheduledFocal(EpochLoss):
 
     def end_epoch(self, end: EpochEnd) -> None:
         self.progress.fill_(end.progress)
+        self._settle()

@@ -167,6 +167,18 @@ def test_released_records_of_crl():
     assert loss.history(examples).tolist() == [1.0, 0.5, 0.0]
 
 
+def test_scheduled_focal_keeps_its_place_in_the_run():
+    loss, z, y = build_loss("scheduled_focal"), torch.randn(6, 4).double(), torch.arange(6) % 4
+    # gamma changes with the epoch that reaches the share, float32 or not
+    for progress, gamma in ((0.0, 5.0), (99 / 350, 5.0), (100 / 350, 3.0), (0.7, 3.0), (0.72, 1.0)):
+        if progress:
+            loss.end_epoch(EpochEnd(progress))
+        torch.testing.assert_close(loss(z, y), focal(z, y, gamma=gamma), rtol=1e-12, atol=0)
+        other = build_loss("scheduled_focal")
+        other.load_state_dict(loss.state_dict())
+        assert other.gamma == gamma
+
+
 def test_bad_use_is_named():
     crl = Crl()
     z, y = torch.zeros(2, 3), torch.tensor([0, 1])
@@ -218,7 +230,7 @@ def trainer_of(data, name, **params):
     return ClassifierTrainer(model, data, config, Accelerator(cpu=True))
 
 
-@pytest.mark.parametrize("name", ["adafocal", "crl", "scheduled_focal"])
+@pytest.mark.parametrize("name", ["adafocal", "ada_dual_focal", "crl", "scheduled_focal"])
 def test_training_with_state_resumes_exactly(digits, tmp_path, name, monkeypatch):
     config = replace(
         SMALL, loss=LossConfig(name=name), save_every_steps=2, evaluate_every=2, schedule="constant"
@@ -251,7 +263,7 @@ def test_training_with_state_resumes_exactly(digits, tmp_path, name, monkeypatch
     one, _, two = (trainer.epoch_loss.state_dict() for trainer in trainers)
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=0)
-    if name == "adafocal":
+    if name in ("adafocal", "ada_dual_focal"):
         assert (one["gammas"] != 1).any()
         assert not one["edges"].equal(torch.linspace(0, 1, 16))
     elif name == "crl":

@@ -116,7 +116,7 @@ def test_enir_beside_netcal():
 def test_scaling_binning_gives_means_of_the_scaled_scores():
     z, generator = binary(600, seed=3)
     y = (torch.rand(600, generator=generator, dtype=torch.float64) < (z[:, 1] / 2).sigmoid()).long()
-    made = ScalingBinning(n_bins=6).fit(z, y)
+    made = ScalingBinning(scheme="one_vs_rest", n_bins=6).fit(z, y)
     peer = LogisticRegression(C=1e7, tol=1e-10).fit(z[:, 1:].numpy(), y.numpy())
     scaled = torch.from_numpy(peer.predict_proba(z[:, 1:].numpy())[:, 1])
     order = z[:, 1].argsort()
