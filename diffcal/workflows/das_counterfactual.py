@@ -101,6 +101,7 @@ def run_counterfactual(
             asked.queries,
             state,
             device,
+            together=config.together,
             title=title,
         )
 
@@ -151,8 +152,9 @@ def run_counterfactual(
 
 def _claim(config: CounterfactualConfig, asked: Asked, given: GivenScores | None) -> dict[str, Any]:
     claim: dict[str, Any] = config_to_dict(config)
-    # How images are compared may change, and methods be added, without another training.
-    for name in ("methods", "encoder", "centre", "resamples", "scores"):
+    # How images are compared may change, and methods be added, without another training; how many
+    # models are trained at once changes rounding alone.
+    for name in ("methods", "encoder", "centre", "resamples", "scores", "together"):
         del claim[name]
     del claim["training"]["data"]
     claim["training"]["keep"] = list(config.kept_checkpoints)

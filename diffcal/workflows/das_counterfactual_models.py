@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffcal.core.progress import progress_bar
-from diffcal.core.runs import fingerprint, read_json, write_atomic, write_json
+from diffcal.core.runs import read_json, write_atomic, write_json
 from diffcal.data.sources import ImageSource
 from diffcal.diffusion.checkpoints import load_denoiser
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ArtifactError
 from diffcal.workflows.das_redraw import Redrawable
+from diffcal.workflows.das_subset_groups import Member, train_group
 from diffcal.workflows.das_subset_models import LoneAccelerator, SubsetSource
 from diffcal.workflows.train_diffusion import TrainDiffusionConfig, train_diffusion
 
@@ -45,13 +46,15 @@ def train_and_draw(
     state: Any,
     device: str,
     *,
+    together: int = 1,
     title: str,
 ) -> None:
     """Train ``out/models/NAME/checkpoint`` and write ``out/images/NAME.safetensors``; resumes.
 
-    Of ``W`` processes, process ``w`` owns the models ``m`` with ``m % W == w``, and all wait for each
-    other at the end. A finished model is not trained again, an interrupted one continues from its last
-    saved state; states of finished models are removed.
+    Models are trained ``together`` at a time, those that keep checkpoints alone. Of ``W`` processes,
+    process ``w`` owns the groups ``g`` with ``g % W == w``, and all wait for each other at the end. A
+    finished group is not trained again, an interrupted one continues from its last saved state; states
+    of finished models are removed.
 
     Args:
         training: The recipe.
@@ -60,19 +63,23 @@ def train_and_draw(
 
     Raises:
         ArtifactError: a folder holds a model of other settings or images.
+        ConfigError: settings that networks trained together cannot have.
         NumericalError: a training diverged, or a model draws NaN; the others stay.
     """
     where = str(state.device) if device == "auto" else device
-    own = models[state.process_index :: state.num_processes]
-    with progress_bar(len(own), title, unit="model") as bar:
-        for model in own:
-            folder = out / "models" / model.name
-            images = out / "images" / f"{model.name}.safetensors"
-            _train(model, folder, training, source, rows, device)
-            if queries is not None and not _drawn(images, queries):
-                denoiser = load_denoiser(folder / "checkpoint", device=where)
-                save_images(images, queries, denoiser)
-            bar.update(1)
+    alone = [[model] for model in models if model.keep]
+    rest = [model for model in models if not model.keep]
+    groups = [*alone, *(rest[i : i + together] for i in range(0, len(rest), together))]
+    own = groups[state.process_index :: state.num_processes]
+    with progress_bar(sum(map(len, own)), title, unit="model") as bar:
+        for group in own:
+            _train(group, out / "models", training, source, rows, device)
+            for model in group:
+                images = out / "images" / f"{model.name}.safetensors"
+                if queries is not None and not _drawn(images, queries):
+                    checkpoint = out / "models" / model.name / "checkpoint"
+                    save_images(images, queries, load_denoiser(checkpoint, device=where))
+            bar.update(len(group))
     state.wait_for_everyone()
 
 
@@ -108,35 +115,57 @@ def _drawn(path: Path, queries: Redrawable) -> bool:
 
 
 def _train(
-    model: TrainedModel,
-    folder: Path,
+    group: Sequence[TrainedModel],
+    out: Path,
     training: TrainDiffusionConfig,
     source: ImageSource,
     rows: range,
     device: str,
 ) -> None:
-    note = folder / "finished.json"
-    gone = set(model.removed)
-    images = SubsetSource(source, [row for at, row in enumerate(rows) if at not in gone])
-    wanted = fingerprint([images.fingerprint, model.seed])
-    if note.exists():
-        if read_json(note)["model"] != wanted:
+    members = []
+    for model in group:
+        gone = set(model.removed)
+        images = SubsetSource(source, [row for at, row in enumerate(rows) if at not in gone])
+        members.append(Member(model.name, images, model.seed))
+        note = out / model.name / "finished.json"
+        if note.exists() and read_json(note)["data"] != images.fingerprint:
             raise ArtifactError(
-                f"'{folder}' holds a model of other images or another seed: delete it and run again"
+                f"'{out / model.name}' holds a model of other images: delete it and run again"
             )
-        return
-    config = replace(
-        training,
-        # The images are handed over, and nobody looks at samples of every model on the way.
-        first_row=0,
-        rows=None,
-        seed=model.seed,
-        sample_every=training.optimizer.steps,
-        sample_steps=2,
-        keep=model.keep,
-    )
-    accelerator = LoneAccelerator(cpu=device == "cpu", mixed_precision=training.optimizer.precision)
-    summary = train_diffusion(config, folder, source=images, accelerator=accelerator, device=device)
-    write_json(note, {"images": len(images), "model": wanted, "loss": summary["loss"]})
+    if not all((out / model.name / "finished.json").exists() for model in group):
+        settings = [
+            replace(
+                training,
+                # The images are handed over, and nobody looks at samples on the way.
+                first_row=0,
+                rows=None,
+                seed=model.seed,
+                sample_every=training.optimizer.steps,
+                sample_steps=2,
+                keep=model.keep,
+            )
+            for model in group
+        ]
+        if len(group) == 1:
+            _train_alone(settings[0], out, members[0], device)
+        else:
+            train_group(settings, out, members, device=device)
     # Optimiser states would be most of the experiment's size.
-    shutil.rmtree(folder / "state", ignore_errors=True)
+    shutil.rmtree(out / "groups" / group[0].name, ignore_errors=True)
+    for model in group:
+        shutil.rmtree(out / model.name / "state", ignore_errors=True)
+
+
+def _train_alone(config: TrainDiffusionConfig, out: Path, member: Member, device: str) -> None:
+    precision = config.optimizer.precision
+    accelerator = LoneAccelerator(cpu=device == "cpu", mixed_precision=precision)
+    folder = out / member.name
+    summary = train_diffusion(
+        config, folder, source=member.images, accelerator=accelerator, device=device
+    )
+    note = {
+        "images": len(member.images),
+        "data": member.images.fingerprint,
+        "loss": summary["loss"],
+    }
+    write_json(folder / "finished.json", note)

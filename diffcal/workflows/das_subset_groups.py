@@ -21,8 +21,7 @@ from diffcal.diffusion.edm_networks import build_network
 from diffcal.diffusion.ensemble_training import EnsembleTrainer
 from diffcal.diffusion.training import batch_indices
 from diffcal.errors import ArtifactError
-from diffcal.workflows.das_lds_config import LdsConfig
-from diffcal.workflows.train_diffusion import network_specification
+from diffcal.workflows.train_diffusion import TrainDiffusionConfig, network_specification
 
 __all__ = ["Member", "train_group"]
 
@@ -42,22 +41,28 @@ class Member:
 
 
 def train_group(
-    config: LdsConfig, out: Path, members: Sequence[Member], *, device: str = "auto"
+    settings: Sequence[TrainDiffusionConfig],
+    out: Path,
+    members: Sequence[Member],
+    *,
+    device: str = "auto",
 ) -> None:
     """Leave ``out/NAME/checkpoint`` and ``out/NAME/finished.json`` for every member.
 
     The state of all is kept in ``out/groups/FIRST-NAME``, from which an interrupted group goes on; on a
     CPU it ends with the same bytes. Initial weights, batches and noise are those of each member's seed.
 
+    Args:
+        settings: Of each member; they differ in the seed alone.
+
     Raises:
         ArtifactError: the group's folder belongs to other models, or its state is damaged.
         ConfigError: settings that networks trained together cannot have.
         NumericalError: a training diverged; the saved state stays.
     """
-    settings = [config.training_config(member.seed) for member in members]
     opt = settings[0].optimizer
     parts = [_load(member.images) for member in members]
-    class_names = members[0].images.class_names if config.conditional else ()
+    class_names = members[0].images.class_names if settings[0].conditional else ()
     specification = network_specification(settings[0], parts[0][0].shape[1:], len(class_names))
     networks = []
     for member in members:

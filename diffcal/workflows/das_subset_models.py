@@ -137,7 +137,8 @@ def train_models(config: LdsConfig, out: Path, state: Any, device: str) -> Tenso
                 if len(members) == 1:
                     _train(config, out / members[0].name, members[0], device)
                 else:
-                    train_group(config, out, members, device=device)
+                    settings = [config.training_config(member.seed) for member in members]
+                    train_group(settings, out, members, device=device)
             bar.update(len(group))
     state.wait_for_everyone()
     return masks

@@ -80,8 +80,8 @@ def test_models_lack_exactly_what_was_ranked_first(experiment):
         note = read_json(out / f"models/{name}/finished.json")
         assert note["images"] == 20 - removed
         assert not (out / f"models/{name}/state").exists()
-    prints = {read_json(p)["model"] for p in out.glob("models/*/finished.json")}
-    assert len(prints) == 6
+    prints = {read_json(p)["data"] for p in out.glob("models/*/finished.json")}
+    assert len(prints) == 5  # that of another seed has seen what the attributed one has
     # The attributed model is the one that nothing was removed from.
     assert torch.equal(drawn_images(out, "base"), drawn_images(out, "original"))
 
@@ -157,12 +157,27 @@ def test_processes_share_the_models_and_draw_the_same_bytes(experiment, tmp_path
             process_index=process, num_processes=2, wait_for_everyone=lambda: None
         )
         arguments = (config.training, source, range(20), queries, state, "cpu")
-        train_and_draw(models, tmp_path, *arguments, title="models")
+        train_and_draw(models, tmp_path, *arguments, together=1, title="models")
         made = {path.stem for path in (tmp_path / "images").iterdir()}
         assert made == ({"seed-1001"} if process else {"base", "seed-1001"})
     for name in made:
         path = f"images/{name}.safetensors"
         assert sha256_file(tmp_path / path) == sha256_file(whole / path)
+
+
+def test_models_trained_together_draw_the_same_images_up_to_rounding(experiment, tmp_path):
+    whole, _ = experiment
+    config = small("together=3", "training.optimizer.steps=3")
+    kill_when(
+        lambda: any(tmp_path.glob("models/groups/*/state/step-*")),
+        lambda: das.counterfactual(config, tmp_path, device="cpu"),
+    )
+    das.counterfactual(config, tmp_path, device="cpu")
+    for path in sorted((whole / "images").glob("*.safetensors")):
+        found, expected = (drawn_images(out, path.stem).double() for out in (tmp_path, whole))
+        assert float((found - expected).abs().max()) <= 1
+    assert not any((tmp_path / "models/groups").iterdir())
+    assert read_json(tmp_path / "removals.json") == read_json(whole / "removals.json")
 
 
 def test_more_methods_are_added_without_training_again(experiment):
@@ -257,7 +272,7 @@ def test_what_cannot_be_retrained_or_drawn_again_is_refused(scored, tmp_path, ca
         (["other_seeds=[42]"], "which is the seed of the attributed model"),
         (["training.initialise_from=bundled:digits"], "starts from weights which have seen"),
         (["queries.count=0"], "queries.count must be at least 1"),
-        (["random_draws=0"], "remove and random_draws must be at least 1"),
+        (["random_draws=0"], "remove, random_draws and together must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             small(*settings)
