@@ -54,8 +54,12 @@ class FeatureSet:
     journey: bool = False
 
 
-def feature_sets(toy: Toy) -> dict[str, FeatureSet]:
-    """All features of a toy by name."""
+def feature_sets(toy: Toy, every: bool = False) -> dict[str, FeatureSet]:
+    """All features of a toy by name.
+
+    Args:
+        every: Also the sets of 100 timesteps that no question of the protocol needs.
+    """
 
     def config(t: int, **options: object) -> FeatureConfig:
         return FeatureConfig(timesteps=GRIDS[t], projection=EXACT, **options)  # type: ignore[arg-type]
@@ -93,14 +97,15 @@ def feature_sets(toy: Toy) -> dict[str, FeatureSet]:
     asked = ("mean, slot, T=100", "dtrak, T=100", "mean, shared, T=100")
     late = [name for name in sets if name.endswith("T=100")]
     order = [name for name in sets if name not in late]
-    return {name: sets[name] for name in (*order, *asked, *sorted(set(late) - set(asked)))}
+    rest = sorted(set(late) - set(asked)) if every else ()
+    return {name: sets[name] for name in (*order, *asked, *rest)}
 
 
-def featurise(toy: Toy, work: Path) -> None:
-    """Write every set that ``work`` lacks."""
+def featurise(toy: Toy, work: Path, every: bool = False) -> None:
+    """Write every set that ``work`` lacks; see :func:`feature_sets`."""
     folder = work / toy.name
     images = {"training": digits(0, TRAINING), **queries_of(folder)}
-    sets = feature_sets(toy)
+    sets = feature_sets(toy, every)
     states = base_states(toy, folder)
     with progress_bar(len(sets), f"{toy.name}: features", unit="set") as bar:
         for name, asked in sets.items():

@@ -1,6 +1,7 @@
 """Linear datamodeling score of every attribution method on two small digit networks; see PROTOCOL.md.
 
     python benchmarks/lds_digits.py --work FOLDER [--toys mlp conv] [--stage models|features|judge]
+        [--every-set]
 
 Trains an MLP (53,824 parameters, 96 subset models) and a convolutional network (40,577 parameters, 32
 subset models) of 300 digits, and judges about fifty ways to score training images against what
@@ -60,7 +61,7 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.stage in (None, "models"):
             prepare(toy, arguments.work)
         if arguments.stage in (None, "features"):
-            featurise(toy, arguments.work)
+            featurise(toy, arguments.work, arguments.every_set)
         if arguments.stage in (None, "judge"):
             _judge(toy, arguments.work)
     if arguments.stage in (None, "judge"):
@@ -196,5 +197,8 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--toys", nargs="+", choices=["mlp", "conv"], default=["mlp", "conv"])
     parser.add_argument("--stage", choices=["models", "features", "judge"])
+    parser.add_argument(
+        "--every-set", action="store_true", help="all sets of 100 timesteps as well"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "lds_digits.json")
     main(parser.parse_args())
