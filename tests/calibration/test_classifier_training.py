@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffcal.calibration.evaluation import fit_temperature, summarise
-from diffcal.calibration.training import ClassifierTrainer, learning_rate_factor, mixed_weight
+from diffcal.calibration.training import ClassifierTrainer
 from diffcal.calibration.training_config import (
     AugmentationConfig,
     ClassifierConfig,
@@ -26,6 +26,7 @@ from diffcal.calibration.training_config import (
 )
 from diffcal.calibration.training_data import LabelledImages, MixedImages, TrainingData, hold_out
 from diffcal.calibration.training_loop import fit_classifier
+from diffcal.calibration.training_schedule import learning_rate_factor, mixed_weight
 from diffcal.data.logits import load_logits
 from diffcal.errors import (
     ArtifactError,
