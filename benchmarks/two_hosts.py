@@ -41,7 +41,7 @@ COMMANDS = {
         "--set=store.shard_rows=24",
     ],
 }
-NAMES = ("diffcal-a", "diffcal-b")
+NAMES = (f"diffcal-a-{os.getpid()}", f"diffcal-b-{os.getpid()}")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 LIMIT = 1500  # seconds for one launch
 
@@ -56,12 +56,17 @@ def artefacts(folder: Path) -> dict[str, str]:
     }
 
 
-def torchrun(workers: int, endpoint: str) -> list[str]:
-    """Arguments of the agent on one host."""
+def torchrun(host: int, workers: int, endpoint: str) -> list[str]:
+    """Arguments of the agent on one host.
+
+    An agent finds out by name whether the endpoint is its own host, which fails where the name leads
+    to another interface; so it is told.
+    """
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes", "2", "--nproc-per-node", str(workers)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "rehearsal"),
+        *("--rdzv-conf", f"is_host={host == 0},read_timeout=300"),
         *("-m", "diffcal"),
     ]
 
@@ -129,12 +134,14 @@ def main() -> None:
     """Compare one process with two hosts and write the result."""
     parser = argparse.ArgumentParser(description="Two hosts against one process.")
     parser.add_argument("--namespaces", action="store_true", help="also over network namespaces")
+    parser.add_argument("--command", choices=list(COMMANDS), help="only this one")
     parser.add_argument("--workers", type=int, default=1, help="worker processes of each host")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, command in COMMANDS.items():
+        for name in [args.command] if args.command else COMMANDS:
+            command = COMMANDS[name]
             alone = Path(folder) / "alone" / name.replace(" ", "-")
             launch([[sys.executable, "-m", "diffcal", *command, "--out", str(alone)]], [{}])
             wanted = artefacts(alone)
@@ -145,7 +152,7 @@ def main() -> None:
                 started = time.monotonic()
                 if form == "localhost":
                     endpoint = f"127.0.0.1:{free_port()}"
-                    agents = [torchrun(workers, endpoint) for _ in range(2)]
+                    agents = [torchrun(host, workers, endpoint) for host in range(2)]
                     # Beside other things it may be that the host's own name leads nowhere.
                     environments = [{"GLOO_SOCKET_IFNAME": "lo"}] * 2
                     agents = [
@@ -157,7 +164,7 @@ def main() -> None:
                         agents = [
                             [
                                 *("ip", "netns", "exec", NAMES[node]),
-                                *torchrun(workers, f"{ADDRESSES[0]}:29400")[:-2],
+                                *torchrun(node, workers, f"{ADDRESSES[0]}:29400")[:-2],
                                 *("--local-addr", ADDRESSES[node], "-m", "diffcal"),
                             ]
                             for node in range(2)
@@ -180,6 +187,9 @@ def main() -> None:
                     }
                 )
                 sys.stderr.write(f"{json.dumps(results[-1])}\n")
+    if args.command and args.out.exists():  # keep what other commands gave
+        earlier = json.loads(args.out.read_text("utf-8"))["results"]
+        results = [row for row in earlier if row["command"] != args.command] + results
     data = {"results": results, "environment": environment()}
     args.out.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
 
