@@ -36,7 +36,7 @@ def code_hash(notebook: nbformat.NotebookNode) -> str:
     return hashlib.sha256("\0".join(sources).encode("utf-8")).hexdigest()
 
 
-def execute(path: Path, folder: Path, timeout: float = 600) -> nbformat.NotebookNode:
+def execute(path: Path, folder: Path, timeout: float = 3600) -> nbformat.NotebookNode:
     """The notebook at ``path`` with the outputs of a run in ``folder``.
 
     Raises:
