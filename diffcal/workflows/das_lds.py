@@ -29,6 +29,7 @@ from diffcal.attribution.score_config import ScoreConfig
 from diffcal.attribution.scores import score_path
 from diffcal.config import config_to_dict
 from diffcal.core.devices import one_thread
+from diffcal.core.processes import process_state
 from diffcal.core.runs import claim_folder, fingerprint, write_json, write_text
 from diffcal.data.sources import open_images
 from diffcal.diffusion.checkpoints import load_denoiser
@@ -66,9 +67,7 @@ def run_lds(
         ConfigError, DataError: before any training.
         ArtifactError: ``out`` belongs to another experiment.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu")
+    state = process_state(device)
     where = str(state.device) if device == "auto" else device
     started = time.monotonic()
     source = open_images(
