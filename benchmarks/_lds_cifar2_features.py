@@ -79,33 +79,40 @@ SETS = {
 
 def write_features(config: LdsConfig, out: Path, only: Iterable[str] | None) -> dict[str, float]:
     """Compute what is not there yet; CPU seconds of each set of this call."""
+    chosen = list(only or (*SETS, "encoder", "journey"))
+    jobs: list[tuple[str, Callable[[], None]]] = []
+    if "encoder" in chosen:
+        jobs.append(("encoder", lambda: _write_encoder(config, out)))
+    # The fewest timesteps of all sets first: a run that is stopped has them all.
+    for group in GROUPS:
+        for name in chosen:
+            if name in SETS and group in SETS[name].groups:
+                jobs.append(
+                    (f"{name}, {group}", lambda n=name, g=group: _write_set(config, out, n, g))
+                )
+        if group == "t500" and "journey" in chosen:
+            jobs.append(("journey", lambda: _write_journey(config, out)))
     seconds = {}
-    for name in only or (*SETS, "encoder", "journey"):
+    for title, work in jobs:
         started = time.process_time()
-        if name == "encoder":
-            _write_encoder(config, out)
-        elif name == "journey":
-            _write_journey(config, out)
-        else:
-            _write_set(config, out, name)
-        seconds[name] = round(time.process_time() - started, 1)
-        print(name, seconds[name], flush=True)
+        work()
+        seconds[title] = round(time.process_time() - started, 1)
+        print(title, seconds[title], flush=True)
     return seconds
 
 
-def _write_set(config: LdsConfig, out: Path, name: str) -> None:
+def _write_set(config: LdsConfig, out: Path, name: str, group: str) -> None:
     chosen = SETS[name]
     denoiser = load_denoiser(out / "models" / "base" / chosen.checkpoint, device="cpu")
-    for group in chosen.groups:
-        featurise = Featuriser(denoiser, feature_config(chosen, GROUPS[group]), batch_rows=80)
-        for role, images in _images(config, out, denoiser).items():
-            _write_blocks(
-                out / "features" / name / group / role,
-                images,
-                lambda clean, rows, role=role, featurise=featurise: _plain(
-                    featurise(clean, rows, role="train" if role == "training" else "query")
-                ),
-            )
+    featurise = Featuriser(denoiser, feature_config(chosen, GROUPS[group]), batch_rows=80)
+    for role, images in _images(config, out, denoiser).items():
+        _write_blocks(
+            out / "features" / name / group / role,
+            images,
+            lambda clean, rows, role=role: _plain(
+                featurise(clean, rows, role="train" if role == "training" else "query")
+            ),
+        )
 
 
 def feature_config(chosen: FeatureSet, timesteps: tuple[int, ...]) -> FeatureConfig:

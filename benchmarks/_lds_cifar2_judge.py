@@ -114,11 +114,17 @@ def _kernels(config: LdsConfig, found: Judge, out: Path) -> None:
         for grid, groups in GRIDS.items():
             if has_features(config, out, features, groups):
                 _kernel(found, out, f"{name}, T={grid}", preset, features, grid)
+    grid = _finest(config, out, "loss-slot")
     for name in ("relative-influence", "renormalised-influence"):
-        _kernel(found, out, f"{name}, T=10", name, "loss-slot", "10")
-    if (out / "features" / "journey").exists():
-        rows = {"generated": read_rows(out, "journey", "generated")}
-        _kernel(found, out, "journey-trak, T=10", "journey-trak", "loss-slot", "10", rows)
+        _kernel(found, out, f"{name}, T={grid}", name, "loss-slot", grid)
+    rows = {"generated": read_rows(out, "journey", "generated")}
+    _kernel(found, out, f"journey-trak, T={grid}", "journey-trak", "loss-slot", grid, rows)
+
+
+def _finest(config: LdsConfig, out: Path, features: str) -> str:
+    """The largest grid, up to 10 timesteps, whose features are there."""
+    grids = [g for g in ("2", "10") if has_features(config, out, features, GRIDS[g])]
+    return grids[-1]
 
 
 def _kernel(
@@ -165,10 +171,7 @@ def _plain_scores(
     width: float,
 ) -> None:
     encoded = read_rows(out, "encoder", "training")
-    gradients = {
-        f"{noise} noise": read_features(out, f"loss-{noise}", "training", "10")["vectors"]
-        for noise in ("slot", "shared")
-    }
+    finest = {noise: _finest(config, out, f"loss-{noise}") for noise in ("slot", "shared")}
     traced = [
         read_features(out, name, "training", "2")["vectors"]
         for name in CHECKPOINTS
@@ -182,11 +185,13 @@ def _plain_scores(
         }
         inside = read_rows(out, "encoder", kind)
         scores["denoiser features, cosine"] = cosine_blocks(inside, encoded)
-        for noise, rows in gradients.items():
-            name = f"loss-{noise.split()[0]}"
-            asked = read_features(out, name, kind, "10")["vectors"]
-            scores[f"gradient dot, {noise}, T=10"] = dot_blocks(asked, rows)
-            scores[f"gradient cosine, {noise}, T=10"] = cosine_blocks(asked, rows)
+        for noise, grid in finest.items():
+            rows, asked = (
+                read_features(out, f"loss-{noise}", role, grid)["vectors"]
+                for role in ("training", kind)
+            )
+            scores[f"gradient dot, {noise} noise, T={grid}"] = dot_blocks(asked, rows)
+            scores[f"gradient cosine, {noise} noise, T={grid}"] = cosine_blocks(asked, rows)
         if len(traced) == len(CHECKPOINTS):
             asked = [read_features(out, name, kind, "2")["vectors"] for name in CHECKPOINTS]
             pairs = list(zip(asked, traced, strict=True))
