@@ -1,6 +1,6 @@
 """Linear datamodeling score of every attribution method on two small digit networks; see PROTOCOL.md.
 
-    python benchmarks/lds_digits.py --work FOLDER [--toys mlp conv] [--stage models|features|judge]
+    python benchmarks/lds_digits.py --work FOLDER [--toys mlp conv] [--stage models|features|judge|write]
         [--every-set]
 
 Trains an MLP (53,824 parameters, 96 subset models) and a convolutional network (40,577 parameters, 32
@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
             featurise(toy, arguments.work, arguments.every_set)
         if arguments.stage in (None, "judge"):
             _judge(toy, arguments.work)
-    if arguments.stage in (None, "judge"):
+    if arguments.stage in (None, "judge", "write"):
         results = {
             toy.name: read_json(arguments.work / toy.name / "results.json")
             for toy in TOYS
@@ -196,7 +196,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--toys", nargs="+", choices=["mlp", "conv"], default=["mlp", "conv"])
-    parser.add_argument("--stage", choices=["models", "features", "judge"])
+    parser.add_argument("--stage", choices=["models", "features", "judge", "write"])
     parser.add_argument(
         "--every-set", action="store_true", help="all sets of 100 timesteps as well"
     )
