@@ -178,7 +178,9 @@ def read_rows(out: Path, name: str, role: str) -> Tensor:
 
 def has_features(config: LdsConfig, out: Path, name: str, groups: Iterable[str]) -> bool:
     """Whether a set is complete."""
-    sizes = {kind: getattr(config.queries, kind) for kind in KINDS} | {"training": config.data.rows}
+    assert config.data.rows is not None
+    sizes = {kind: getattr(config.queries, kind) for kind in KINDS}
+    sizes["training"] = config.data.rows
     for group in groups:
         source = f"{name}-many" if group in ("t20", "t100") else name
         for role, count in sizes.items():
