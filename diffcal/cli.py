@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         "several models are averaged",
     )
     index.add_argument("--data", help="its training images; short for --set data.name=")
-    _run_flags(index, methods, seed="of noise and projection, both of --set features.")
+    _run_flags(
+        index, methods, seed="short for --set features.noise_seed=N and features.projection.seed=N"
+    )
     score = _add(das, "score", "most influential training images of each query", _das_score)
     score.add_argument("--index", type=Path, required=True, help="folder of diffcal das index")
     score.add_argument(
