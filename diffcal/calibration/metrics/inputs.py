@@ -292,6 +292,10 @@ class Predictions(Confidences):
             table = torch.empty(shape, dtype=torch.float64, device=self.scores.device)
             if self._quick:
                 self._read_quickly(with_scores=True, rows_into=table)
+                if not self.is_soft:
+                    return table
+                for rows, columns in self._blocks():  # all but the normaliser
+                    table[:2, rows] = torch.stack(columns[2:4])
                 return table
             for rows, columns in self._blocks():
                 table[:, rows] = torch.stack(columns[2:5])
@@ -301,9 +305,15 @@ class Predictions(Confidences):
 
     def _score_means(self) -> tuple[float, float]:
         def make() -> tuple[float, float]:
-            made = self._read_quickly(with_scores=True)
-            assert made is not None
-            return made
+            if self._quick and not self.is_soft:
+                made = self._read_quickly(with_scores=True)
+                assert made is not None
+                return made
+            totals = torch.zeros(2, dtype=torch.float64, device=self.scores.device)
+            for _, columns in self._blocks():
+                totals += torch.stack([score.sum() for score in columns[2:4]])
+            log_score, brier = (totals / len(self)).tolist()
+            return log_score, brier
 
         return self.cached("score means", make)
 
@@ -316,10 +326,11 @@ class Predictions(Confidences):
         kind = torch.float64 if self.is_soft else torch.bool
         outcome = torch.empty(n, dtype=kind, device=device)
         self._assign(confidence, outcome)
-        self._quick = not self.is_soft and device.type == "cpu" and not self._renormalize
+        self._quick = device.type == "cpu" and not self._renormalize
         if self._quick:
             try:
-                means = self._read_quickly(with_scores=with_scores, keep=True)
+                hard = not self.is_soft
+                means = self._read_quickly(with_scores=with_scores and hard, keep=True)
                 if means is not None:
                     self.cached("score means", lambda: means)
                 return
@@ -340,6 +351,9 @@ class Predictions(Confidences):
         Args:
             keep: Set confidences, outcomes and predicted classes.
             rows_into: ``[3, n]``, takes log score, Brier score and normaliser of every row.
+
+        Confidences and normalisers of rows with soft labels are read here too, so that they are those
+        of hard labels to the last bit (binned and ranking measures see ties); their scores are not.
         """
         sums: dict[int, tuple[float, float]] = {}
         kept = [x.numpy() for x in (self.confidence, self._outcome, self._predicted)]
@@ -347,7 +361,11 @@ class Predictions(Confidences):
 
         def take(rows: slice, values: RowValues) -> None:
             if keep:
-                made = (values.confidence, values.right, values.predicted)
+                right = values.right
+                if self.soft_labels is not None:
+                    at = torch.from_numpy(values.predicted.astype(np.int64))[:, None]
+                    right = self.soft_labels[rows].double().gather(1, at)[:, 0].numpy()
+                made = (values.confidence, right, values.predicted)
                 for column, value in zip(kept, made, strict=True):
                     column[rows] = value
             if values.log_score is not None and values.brier is not None:
@@ -355,10 +373,12 @@ class Predictions(Confidences):
                 if table is not None:
                     table[:, rows] = values.log_score, values.brier, values.normaliser
 
-        assert self.labels is not None
+        labels = self.labels
+        if labels is None:
+            labels = torch.zeros(len(self), dtype=torch.int64)
         read_rows(
             self.scores,
-            self.labels,
+            labels,
             logits=self.is_logits,
             with_scores=with_scores,
             eps=self._eps,

@@ -87,3 +87,19 @@ def test_sorting_confidences_and_outcomes_as_one_number():
     values, hits = sort_with_outcome(c, right)
     assert torch.equal(values, sort_with_order(c)[0])
     assert hits.tolist() == [0, 1, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("k", [5, 100])
+def test_soft_labels_have_the_ties_of_hard_ones(k):
+    # rows that are rearrangements of each other tie or not by the order in which they are summed
+    generator = torch.Generator().manual_seed(k)
+    row = torch.randn(k, generator=generator, dtype=torch.float64).mul(2).round()
+    z = torch.stack([row[torch.randperm(k, generator=generator)] for _ in range(200)])
+    y = torch.randint(k, (200,), generator=generator)
+    one_hot = torch.nn.functional.one_hot(y, k).double()
+    hard, soft = Predictions(logits=z, labels=y), Predictions(logits=z, soft_labels=one_hot)
+    assert torch.equal(hard.confidence, soft.confidence)
+    assert torch.equal(hard.outcome, soft.outcome)
+    assert torch.equal(hard.class_probs(1), soft.class_probs(1))
+    assert hard.mean_brier == pytest.approx(soft.mean_brier, rel=1e-13)
+    assert hard.mean_log_score == pytest.approx(soft.mean_log_score, rel=1e-13)
