@@ -157,12 +157,18 @@ def _write_blocks(
         partial.rename(path)
 
 
-def read_features(out: Path, name: str, role: str, grid: str) -> dict[str, Tensor]:
-    """Features ``vectors`` [n, k] and ``errors`` [n, t] of a set at a grid of timesteps."""
+def read_features(
+    out: Path, name: str, role: str, grid: str, count: int | None = None
+) -> dict[str, Tensor]:
+    """Features ``vectors`` [n, k] and ``errors`` [n, t] of a set at a grid of timesteps.
+
+    Args:
+        count: Of the first images only, which alone need be finished.
+    """
     vectors, errors, total = None, [], 0
     for group in GRIDS[grid]:
         source = f"{name}-many" if group in ("t20", "t100") else name
-        part = _joined(out / "features" / source / group / role)
+        part = _joined(out / "features" / source / group / role, count)
         weight = len(GROUPS[group])
         vectors = part["vectors"] * weight + (0 if vectors is None else vectors)
         errors.append(part["errors"])
@@ -190,9 +196,28 @@ def has_features(config: LdsConfig, out: Path, name: str, groups: Iterable[str])
     return True
 
 
-def _joined(folder: Path) -> dict[str, Tensor]:
-    parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+def finished_rows(config: LdsConfig, out: Path, name: str, grid: str) -> int:
+    """How many training images, from the first on, have features at a grid, queries all done."""
+    assert config.data.rows is not None
+    whole = config.data.rows
+    for group in GRIDS[grid]:
+        source = f"{name}-many" if group in ("t20", "t100") else name
+        folder = out / "features" / source / group
+        for kind in KINDS:
+            asked = -(-getattr(config.queries, kind) // BLOCK)
+            if len(list((folder / kind).glob("*.safetensors"))) < asked:
+                return 0
+        done = 0
+        while (folder / "training" / f"{done:05d}.safetensors").exists():
+            done += BLOCK
+        whole = min(whole, done)
+    return whole
+
+
+def _joined(folder: Path, count: int | None = None) -> dict[str, Tensor]:
+    paths = sorted(folder.glob("*.safetensors"))
+    parts = [load_file(path) for path in paths if count is None or int(path.stem) < count]
+    return {key: torch.cat([part[key] for part in parts])[:count] for key in parts[0]}
 
 
 def _write_encoder(config: LdsConfig, out: Path) -> None:
