@@ -147,7 +147,7 @@ def _baselines(toy: Toy, work: Path, judge: Judge, pictures: dict[str, Any], ker
         judge.rows(
             name, lambda track, b=blocks: b([(rows[track], rows["training"]) for rows in stages])
         )
-    judge.retrained()
+    judge.retrained(folds=2 if toy.subsets >= 48 else 4)
 
 
 def _leverages(toy: Toy, work: Path) -> dict[str, float]:

@@ -181,10 +181,15 @@ class Judge:
             guess = stream_predictions(blocks(track), self.masks)
             self._unfitted(method, "signed", track, guess, controls, facts)
 
-    def retrained(self, **facts: Any) -> None:
-        """Empirical influence and datamodels, made from the losses outside each fold."""
+    def retrained(self, folds: int | None = None, **facts: Any) -> None:
+        """Empirical influence and datamodels, made from the losses outside each fold.
+
+        Args:
+            folds: In place of the judge's own: with few subsets half of them may all hold, or all lack,
+                some example, whose influence then cannot be measured.
+        """
         makers = {"empirical influence": empirical_influence, "datamodel": datamodel_scores}
-        dealt = subset_folds(len(self.masks), self.folds, self.seed)
+        dealt = subset_folds(len(self.masks), folds or self.folds, self.seed)
         for name, make in makers.items():
             for track, losses in self.losses.items():
                 tables = []
