@@ -124,7 +124,7 @@ class LdsConfig:
         shares = {share for name in self.methods for share in PRESETS[name].get("checkpoints", ())}
         return tuple(sorted(shares - {1.0}))
 
-    def training_config(self, seed: int, keep: tuple[float, ...] = ()) -> TrainDiffusionConfig:
+    def training_config(self, seed: int) -> TrainDiffusionConfig:
         """How one model is trained, on images that are handed over."""
         steps = self.optimizer.steps
         return TrainDiffusionConfig(
@@ -137,5 +137,4 @@ class LdsConfig:
             sample_every=steps,
             sample_steps=8,
             weights="float32",
-            keep=keep,
         )

@@ -1,6 +1,7 @@
 """Models trained on subsets of the training set, one folder for each, spread over processes."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +156,12 @@ def training_rows(config: LdsConfig, source: ImageSource) -> range:
 
 def _train(config: LdsConfig, out: Path, member: Member, device: str) -> None:
     accelerator = LoneAccelerator(cpu=device == "cpu", mixed_precision=config.optimizer.precision)
-    summary = train_diffusion(
+    training = config.training_config(member.seed)
+    if member.name == BASE:
         # Methods that follow a training follow that of the attributed model.
-        config.training_config(member.seed, config.kept_checkpoints if member.name == BASE else ()),
+        training = replace(training, keep=config.kept_checkpoints)
+    summary = train_diffusion(
+        training,
         out,
         source=member.images,
         accelerator=accelerator,
