@@ -51,7 +51,7 @@ def train_and_draw(
 ) -> None:
     """Train ``out/models/NAME/checkpoint`` and write ``out/images/NAME.safetensors``; resumes.
 
-    Models are trained ``together`` at a time, those that keep checkpoints alone. Of ``W`` processes,
+    Models are trained ``together`` at a time, the attributed one alone. Of ``W`` processes,
     process ``w`` owns the groups ``g`` with ``g % W == w``, and all wait for each other at the end. A
     finished group is not trained again, an interrupted one continues from its last saved state; states
     of finished models are removed.
@@ -67,9 +67,12 @@ def train_and_draw(
         NumericalError: a training diverged, or a model draws NaN; the others stay.
     """
     where = str(state.device) if device == "auto" else device
-    alone = [[model] for model in models if model.keep]
-    rest = [model for model in models if not model.keep]
-    groups = [*alone, *(rest[i : i + together] for i in range(0, len(rest), together))]
+    attributed = [model for model in models if not model.removed and model.seed == training.seed]
+    rest = [model for model in models if model not in attributed]
+    groups = [
+        *([model] for model in attributed),
+        *(rest[i : i + together] for i in range(0, len(rest), together)),
+    ]
     own = groups[state.process_index :: state.num_processes]
     with progress_bar(sum(map(len, own)), title, unit="model") as bar:
         for group in own:

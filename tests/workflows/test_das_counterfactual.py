@@ -41,6 +41,7 @@ SMALL = [
     "queries.count=2",
     "queries.sampler.steps=2",
     "remove=4",
+    "together=1",
     "random_draws=2",
     "encoder.kind=pixels",
     "resamples=20",
@@ -169,7 +170,7 @@ def test_models_trained_together_draw_the_same_images_up_to_rounding(experiment,
     whole, _ = experiment
     config = small("together=3", "training.optimizer.steps=3")
     kill_when(
-        lambda: any(tmp_path.glob("models/groups/*/state/step-*")),
+        lambda: any(tmp_path.glob("models/groups/seed-1001/state/step-*")),
         lambda: das.counterfactual(config, tmp_path, device="cpu"),
     )
     das.counterfactual(config, tmp_path, device="cpu")
