@@ -1,5 +1,6 @@
 """Soft labels and quality columns of generated images: annotators over cached features."""
 
+import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -54,6 +55,11 @@ __all__ = ["FORMAT", "AnnotationConfig", "RealConfig", "annotate_run", "require_
 
 FORMAT = "diffcal-annotations/1"
 GENERATED = "diffcal-generated/1"
+ENDPOINTS_EXPECTED = 0.9
+"""Share of single-class images that should be recognised; 0.97 with the bundled digits, 0.74 where labels
+made a classifier worse (benchmarks/csm_controls_digits.md)."""
+
+logger = logging.getLogger(__name__)
 
 
 def annotate_run(
@@ -141,6 +147,8 @@ def annotate_run(
         _write_manifest(folder, config, entries, cache, source)
     state.wait_for_everyone()
     manifest = read_json(folder / "manifest.json")
+    if state.is_main_process:
+        _warn_of_strangers(manifest["quality"]["endpoint_ok"])
     return {
         "annotation": config.folder,
         "images": sum(entry["rows"] for entry in entries),
@@ -282,6 +290,18 @@ def _finished(folder: Path, generated: dict[str, Any]) -> bool:
         return False
     verified_shard(folder, read_json(note))
     return True
+
+
+def _warn_of_strangers(recognised: float | None) -> None:
+    """Say so if many images of a single class are not taken for it: then mixed labels mislead too."""
+    if recognised is not None and recognised < ENDPOINTS_EXPECTED:
+        logger.warning(
+            "only %.0f %% of the images of a single class are recognised as that class: the model does "
+            "not draw its classes clearly, or the annotator cannot read them. Classifiers trained on such "
+            "labels get worse; give the annotator more real images or a better encoder, or drop these "
+            "groups with filter.require_endpoints",
+            100 * recognised,
+        )
 
 
 def _write_shard(folder: Path, generated: dict[str, Any], table: "pa.Table") -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shutil
 from dataclasses import replace
 
@@ -342,6 +343,20 @@ def test_the_denoiser_as_encoder_and_stored_features(run):
     assert summary["encoded_now"] == 230
     with pytest.raises(ConfigError, match="needs a denoiser"):
         annotate_run(config, run, device="cpu")
+
+
+@pytest.mark.parametrize(("rows", "warned"), [(60, True), (200, False)])
+def test_an_annotator_that_cannot_read_single_classes_is_named(run, caplog, rows, warned):
+    # Four or five digits of a class are too few for its covariance; fifteen are enough.
+    config = AnnotationConfig(
+        encoder=PIXELS.encoder,
+        settings=PIXELS.settings,
+        real=RealConfig(rows=rows, held_out=0.25),
+    )
+    with caplog.at_level(logging.WARNING):
+        summary = annotate_run(config, run, device="cpu")
+    assert (summary["quality"]["endpoint_ok"] < 0.9) is warned
+    assert ("images of a single class are recognised" in caplog.text) is warned
 
 
 def test_groups_of_three_classes(tmp_path):
