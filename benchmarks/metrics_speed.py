@@ -31,6 +31,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -168,10 +169,10 @@ def trim_heap() -> None:
         trim(0)
 
 
-def run_size(n: int, k: int, repeats: int) -> dict[str, dict[str, object]]:
+def run_size(n: int, k: int, repeats: int) -> dict[str, dict[str, Any]]:
     z, y = make_data(n, k)
     p = z.softmax(1)
-    result: dict[str, dict[str, object]] = {}
+    result: dict[str, dict[str, Any]] = {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in TASKS}
     for name, task in TASKS.items():
         given = p if name in FROM_PROBS else z
@@ -196,22 +197,22 @@ def run_size(n: int, k: int, repeats: int) -> dict[str, dict[str, object]]:
     return result
 
 
-def ratio(tasks: dict[str, dict[str, object]], peer: str, own: str) -> dict[str, float]:
-    pairs = zip(tasks[peer]["cpu_each"], tasks[own]["cpu_each"], strict=True)  # type: ignore[call-overload]
+def ratio(tasks: dict[str, dict[str, Any]], peer: str, own: str) -> dict[str, float]:
+    pairs = zip(tasks[peer]["cpu_each"], tasks[own]["cpu_each"], strict=True)
     return {
         "cpu": statistics.median(a / b for a, b in pairs),
-        "clock": tasks[peer]["seconds"] / tasks[own]["seconds"],  # type: ignore[operator]
+        "clock": tasks[peer]["seconds"] / tasks[own]["seconds"],
     }
 
 
-def child(*arguments: str) -> dict[str, object]:
+def child(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["1000000x10", "50000x1000"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -226,7 +227,7 @@ def main() -> None:
     result["repeats"] = args.repeats
     for size in args.sizes:
         tasks = child("--one", "--sizes", size, "--repeats", str(args.repeats))
-        ratios = {name: ratio(tasks, *pair) for name, pair in RATIOS.items()}  # type: ignore[arg-type]
+        ratios = {name: ratio(tasks, *pair) for name, pair in RATIOS.items()}
         result[size] = {"ratios": ratios, "tasks": tasks}
         result["load_after"] = round(os.getloadavg()[0], 2)
         if args.out:

@@ -226,7 +226,8 @@ def _sums_of_histogram(scores: Confidences, n_bins: int, scheme: str) -> BinSums
         edges = width_edges(n_bins, scores.confidence.device)
     else:
         edges = _midpoints(table.order_statistics(_around(len(scores), n_bins)))
-    return BinSums(edges, *table.sums(edges), len(scores))
+    count, confidence, outcome = table.sums(edges)
+    return BinSums(edges, count, confidence, outcome, len(scores))
 
 
 def _sums_of_pieces(

@@ -85,9 +85,12 @@ def sort_with_outcome(
         c, order = sort_with_order(confidence)
         return c, outcome[order].double()
     # the bits of non-negative floats rise with their values and those up to 1 leave a bit for the
-    # outcome; torch sorts whole numbers several times faster than floats with an order
+    # outcome: whole numbers sort faster than floats with an order, and NumPy sorts them in place
     key = confidence.add(0.0).view(torch.int64).mul_(2).add_(outcome)  # 0 + -0 is 0
-    key = key.sort().values
+    if key.device.type == "cpu":
+        key.numpy().sort()
+    else:
+        key = key.sort().values
     return (key >> 1).view(torch.float64), (key & 1).double()
 
 

@@ -72,10 +72,7 @@ def read_rows(
             the tolerance.
     """
     n, k = scores.shape
-    if scores.dtype in (torch.float32, torch.float64):
-        table, raised = scores.numpy(), False
-    else:
-        table, raised = scores, True
+    has_numpy = scores.dtype in (torch.float32, torch.float64)
     y = labels.numpy()
     size = max(1, BLOCK_ELEMENTS // k)
     starts = range(0, n, size)
@@ -87,7 +84,8 @@ def read_rows(
         spare = np.empty(size * k)
         for start in share:
             rows = slice(start, min(start + size, n))
-            block = table[rows].float().numpy() if raised else table[rows]
+            part = scores[rows]
+            block = part.numpy() if has_numpy else part.float().numpy()
             with np.errstate(all="ignore"):
                 if logits:
                     values = _of_logits(block, y[rows], spare, with_scores)
