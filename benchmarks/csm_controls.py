@@ -466,7 +466,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{rows['train'][1]}, {results['recipe']['epochs']} epochs, {results['per_real']} mixed "
         f"image(s) per real one where mixed images are used ({results['mixed_images']['all_class']} "
         f"in the set); temperature fitted on rows {rows['validation'][1]}, judged on rows "
-        f"{rows['test'][1]}; where no validation image is wrong the temperature stays 1. Mean ± standard "
+        f"{rows['test'][1]}; without a validation error the temperature stays 1. Mean ± standard "
         f"deviation over {seeds} seeds; calibration errors, accuracy and AUROC in percent. Smoothing "
         f"{results['smoothing']:.3f} has the mixed training's mean top target.",
         "",
