@@ -27,10 +27,12 @@ from diffcal.workflows.das_counterfactual_config import CounterfactualConfig
 from diffcal.workflows.das_redraw import Redrawable
 from diffcal.workflows.das_score_tables import write_table
 
-__all__ = ["MEASURES", "RANDOM", "Distances", "Kind", "measure", "write_results"]
+__all__ = ["MEASURES", "RANDOM", "Distances", "Kind", "few_queries", "measure", "write_results"]
 
 BATCH = 512
 RANDOM = "random"
+FEW = 10
+"""Below so many queries a bootstrap over queries is too narrow to be believed."""
 MEASURES = ("pixel_l2", "cosine")
 
 
@@ -247,6 +249,15 @@ def _paired(effect: PairedEffect) -> dict[str, Any]:
     }
 
 
+def few_queries(count: int) -> str:
+    """A warning where intervals over queries say little; empty otherwise."""
+    if count >= FEW:
+        return ""
+    return (
+        f" With {count} queries the intervals are too narrow: read them as the spread of examples."
+    )
+
+
 def _markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Counterfactual retraining",
@@ -255,7 +266,7 @@ def _markdown(results: dict[str, Any]) -> str:
         f"{results['queries']} generated queries drawn again from the same noise. Pixel L2: distance "
         "from the original, pixels in [-1, 1]. Cosine: of embeddings of the two. In brackets 95 % "
         "intervals over queries and models. Differences are paired by query; *wins* is the share of "
-        "queries that changed more than with random removals.",
+        "queries that changed more than with random removals." + few_queries(results["queries"]),
         "",
         "| removed | models | pixel L2 | cosine | L2 minus random | wins | cosine minus random |",
         "|---|---|---|---|---|---|---|",

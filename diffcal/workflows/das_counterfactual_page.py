@@ -9,7 +9,7 @@ from torch import Tensor
 from diffcal.data.images import encode_png
 from diffcal.workflows import html
 from diffcal.workflows.das_counterfactual_config import CounterfactualConfig
-from diffcal.workflows.das_counterfactual_effects import RANDOM, Distances, Kind
+from diffcal.workflows.das_counterfactual_effects import RANDOM, Distances, Kind, few_queries
 from diffcal.workflows.das_counterfactual_queries import Asked
 
 __all__ = ["write_page"]
@@ -74,7 +74,7 @@ def _means(results: dict[str, Any]) -> list[str | html.Html]:
         "the cosine of embeddings (1: no change). Small figures are 95 % intervals. Wins: share of "
         "queries that changed more than without as many random images. Removing anything changes the "
         "order in which the rest is learnt, so that random removals change images as well; other seeds "
-        "show what chance alone does.",
+        "show what chance alone does." + few_queries(results["queries"]),
         html.table(header, rows),
     ]
 

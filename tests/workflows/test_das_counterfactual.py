@@ -119,7 +119,10 @@ def test_distances_are_those_between_the_images(experiment):
     page = (out / "gallery.html").read_text("utf-8")
     # Each query: itself, one model of the method, two random ones, another seed, four removed images.
     assert page.count("data:image/png") == 2 * (1 + 1 + 2 + 1 + 4)
-    assert "| random | 2 |" in (out / "counterfactual.md").read_text("utf-8")
+    words = (out / "counterfactual.md").read_text("utf-8")
+    assert "| random | 2 |" in words
+    assert "With 2 queries the intervals are too narrow" in words
+    assert "With 2 queries the intervals are too narrow" in page
 
 
 def test_killed_in_every_stage_the_results_are_the_same(experiment, tmp_path):
