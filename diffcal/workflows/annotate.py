@@ -56,8 +56,8 @@ __all__ = ["FORMAT", "AnnotationConfig", "RealConfig", "annotate_run", "require_
 FORMAT = "diffcal-annotations/1"
 GENERATED = "diffcal-generated/1"
 ENDPOINTS_EXPECTED = 0.9
-"""Share of single-class images that should be recognised; 0.97 with the bundled digits, 0.74 where labels
-made a classifier worse (benchmarks/csm_controls_digits.md)."""
+"""Share of single-class images that should be recognised; 0.97 with the bundled digits, 0.74 where
+labels made a classifier worse (benchmarks/csm_controls_digits.md)."""
 
 logger = logging.getLogger(__name__)
 
@@ -296,9 +296,9 @@ def _warn_of_strangers(recognised: float | None) -> None:
     """Say so if many images of a single class are not taken for it: then mixed labels mislead too."""
     if recognised is not None and recognised < ENDPOINTS_EXPECTED:
         logger.warning(
-            "only %.0f %% of the images of a single class are recognised as that class: the model does "
-            "not draw its classes clearly, or the annotator cannot read them. Classifiers trained on such "
-            "labels get worse; give the annotator more real images or a better encoder, or drop these "
+            "only %.0f %% of the images of a single class are recognised as that class: the model "
+            "does not draw its classes clearly, or the annotator cannot read them. Classifiers trained "
+            "on such labels get worse; give the annotator more real images or a better encoder, or drop these "
             "groups with filter.require_endpoints",
             100 * recognised,
         )
