@@ -20,7 +20,7 @@ from diffcal.errors import ConfigError, DataError
 __all__ = ["DampingRule", "ScoreConfig", "ScoreMethod", "score_features"]
 
 ScoreMethod = Literal["kernel", "dot", "cosine"]
-DampingRule = Literal["relative", "absolute"]
+DampingRule = Literal["relative", "rest", "absolute"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class ScoreConfig:
     damping: float = 0.1
     damping_rule: DampingRule = "relative"
     """``relative`` is in units of the mean squared norm of a training feature. An absolute optimum
-    ranges from 1 to 5,000 between published cells, the relative one hardly moves."""
+    ranges from 1 to 5,000 between published cells, the relative one hardly moves. ``rest`` leaves the
+    largest eigenvalue out of that mean (:meth:`~.kernel.Kernel.rest_damping`): 4 is a good value."""
     damping_grid: tuple[float, ...] = RELATIVE_DAMPINGS
     """Where :func:`~.damping_selection.choose_damping` looks, under the same rule."""
 
@@ -63,7 +64,11 @@ class ScoreConfig:
         return [self._absolute(kernel, value) for value in self.damping_grid]
 
     def _absolute(self, kernel: Kernel, value: float) -> float:
-        return kernel.damping(value) if self.damping_rule == "relative" else value
+        if self.damping_rule == "absolute":
+            return value
+        return (
+            kernel.damping(value) if self.damping_rule == "relative" else kernel.rest_damping(value)
+        )
 
 
 def score_features(

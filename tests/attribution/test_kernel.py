@@ -12,6 +12,7 @@ from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.gram import GramAccumulator, dual_gram
 from diffcal.attribution.kernel import fit_kernel, load_kernel
 from diffcal.attribution.kernel_updates import update_kernel
+from diffcal.attribution.score_config import ScoreConfig
 from diffcal.attribution.scores import kernel_scores, leverage_scores
 from diffcal.errors import ArtifactError, ConfigError, DataError, NumericalError
 
@@ -83,6 +84,26 @@ def test_laws_of_the_kernel(n, k, c, damping, seed):
     assert bool((h < 1).all())
     assert bool((h[1] <= h[0] + 1e-12).all())
     assert float(h[0].sum()) <= min(n, k) + 1e-9
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_rest_damping_does_not_see_what_all_examples_share(form):
+    rows = normal(9, 5)
+    common = torch.linalg.svd(rows).Vh[0]
+    along = rows @ common
+    spread = (
+        rows + (99 * along)[:, None] * common
+    )  # the largest direction alone, a hundred times longer
+    before, after = (fit_kernel(x, form=form) for x in (rows, spread))
+    values = torch.linalg.eigvalsh(rows @ rows.mT)
+    assert before.rest_damping(2.0) == pytest.approx(2 * float(values[:-1].sum()) / 8)
+    assert after.rest_damping(2.0) == pytest.approx(before.rest_damping(2.0), rel=1e-6)
+    assert after.damping(2.0) > 100 * before.damping(2.0)
+    config = ScoreConfig(damping=3.0, damping_rule="rest", damping_grid=(1.0, 2.0))
+    assert config.absolute_damping(after) == after.rest_damping(3.0)
+    assert config.absolute_grid(after) == [after.rest_damping(1.0), after.rest_damping(2.0)]
+    with pytest.raises(ConfigError, match="damping must be positive"):
+        fit_kernel(torch.ones(1, 3)).rest_damping(1.0)
 
 
 def test_leverage_goes_to_one_without_damping_when_there_are_more_dimensions_than_rows():
