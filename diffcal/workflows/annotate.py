@@ -298,8 +298,8 @@ def _warn_of_strangers(recognised: float | None) -> None:
         logger.warning(
             "only %.0f %% of the images of a single class are recognised as that class: the model "
             "does not draw its classes clearly, or the annotator cannot read them. Classifiers trained "
-            "on such labels get worse; give the annotator more real images or a better encoder, or drop these "
-            "groups with filter.require_endpoints",
+            "on such labels get worse; give the annotator more real images or a better encoder, or drop "
+            "these groups with filter.require_endpoints",
             100 * recognised,
         )
 
