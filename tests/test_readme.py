@@ -17,6 +17,25 @@ def test_tables_are_rows_of_their_files():
             assert row in lines, f"{name} has no row {row!r}"
 
 
+def test_tables_hold_cells_of_their_files():
+    """A shorter table: every cell stands in a row of that name in the file."""
+    blocks = re.findall(r"<!-- cells of (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert blocks
+    for name, block in blocks:
+        cells: dict[str, set[str]] = {}
+        for line in (ROOT / name).read_text("utf-8").splitlines():
+            first, *others = _cells(line)
+            cells.setdefault(first, set()).update(others)
+        for row in block.splitlines()[2:]:
+            method, *figures = _cells(row)
+            for figure in figures:
+                assert figure in cells[method], f"{name}: {method} has no {figure!r}"
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
 def test_memory_figures():
     results = json.loads((ROOT / "benchmarks/memory.json").read_text("utf-8"))["results"]
     peaks = {entry["images"]: round(entry["generate_peak_mib"]) for entry in results}
@@ -43,3 +62,21 @@ def test_annotator_figures():
             )
     table = re.findall(r"^\| [^|]+ \| (\d\.\d+ ± .*)$", README, re.MULTILINE)
     assert len([line for line in table if line in found]) == 4
+
+
+def test_speed_figures():
+    sizes = {"1 000 000 × 10": "1000000x10", "50 000 × 1 000": "50000x1000"}
+    results = json.loads((ROOT / "benchmarks/metrics_speed.json").read_text("utf-8"))
+    for shown, size in sizes.items():
+        ratios = results[size]["ratios"]
+        netcal = ratios["netcal_over_ours_from_logits"]["cpu"]
+        torchmetrics = ratios["torchmetrics_over_ours"]["cpu"]
+        row = (
+            f"| same measures, {shown} | 1 | {netcal:.1f} times our time | {torchmetrics:.1f} times"
+        )
+        assert row in README
+    kernel = json.loads((ROOT / "benchmarks/attribution_kernel.json").read_text("utf-8"))
+    assert f"{kernel['kernel']['seconds']:.0f} s on two cores" in README
+    gradients = json.loads((ROOT / "benchmarks/gradient_speed.json").read_text("utf-8"))
+    for method in ("sketched", "exact_sjlt"):
+        assert f"{gradients['over_step'][method]['median']:.2f}" in README
