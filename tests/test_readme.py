@@ -80,3 +80,13 @@ def test_speed_figures():
     gradients = json.loads((ROOT / "benchmarks/gradient_speed.json").read_text("utf-8"))
     for method in ("sketched", "exact_sjlt"):
         assert f"{gradients['over_step'][method]['median']:.2f}" in README
+    peers = json.loads((ROOT / "benchmarks/attribution_peers.json").read_text("utf-8"))["results"]
+    for shown, columns in (("512", "512"), ("4 096", "4096")):
+        ratio = {
+            name: peers[columns][name]["over_sketched"] for name in ("traker", "dattri_normal")
+        }
+        row = (
+            f"| features and scores, {shown} columns | 1 | {ratio['traker']:.1f} times our time | "
+            f"{ratio['dattri_normal']:.1f} times our time |"
+        )
+        assert row in README
