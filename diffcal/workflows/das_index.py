@@ -166,7 +166,7 @@ class AttributionIndex:
     @classmethod
     def open(
         cls,
-        folder: Path,
+        folder: Path | str,
         *,
         model: str | None = None,
         data: str | None = None,
@@ -183,6 +183,7 @@ class AttributionIndex:
             ArtifactError: no finished index, or model, images or settings are not those of the index
                 (what differs is named).
         """
+        folder = Path(folder)
         manifest = read_manifest_of_index(folder)
         if "models" in manifest:
             raise ArtifactError(

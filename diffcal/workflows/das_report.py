@@ -114,11 +114,16 @@ def explain_scores(
 
 
 def load_explanations(
-    scores: Path, queries: Sequence[str] = (), *, top: int = 10, data: str | None = None
+    scores: Path | str,
+    queries: Sequence[str] = (),
+    *,
+    top: int = 10,
+    data: str | None = None,
 ) -> list[Explanation]:
     """Queries with images and words, from finished scores; see :func:`explain_scores`."""
     import pyarrow.parquet as pq
 
+    scores = Path(scores)
     manifest = manifest_of_scores(scores)
     for name, digest in manifest["files"].items():
         path = scores / name
