@@ -191,7 +191,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
             for part in ("train", "validation", "test", "human")
             if (source := getattr(set_up, part)) is not None
         },
-        "mixing": [*set_up.mixing],
+        "mixing": [*SET_UPS[arguments.set_up].mixing],
         "mixed_images": {name: len(images) for name, images in sets.items()},
         "mean_top_target": {
             name: float(images.targets.max(1).values.mean()) for name, images in sets.items()

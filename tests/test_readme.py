@@ -99,3 +99,13 @@ def test_speed_figures():
     ):
         ratio = results[part]["consistency_gaussian"]["processor"]
         assert " ".join(shown.format(ratio).split()) in " ".join(README.split())
+
+
+def test_cifar10_control_figures():
+    runs = json.loads((ROOT / "benchmarks/csm_controls_cifar10.json").read_text("utf-8"))["runs"]
+    for method in (
+        "pure generated, CE", "ratio labels, L2", "CSM as released", "CE", "CSM all-class, soft CE",
+        "encoder distillation",
+    ):  # fmt: skip
+        values = [run["after"]["nll"] for run in runs[method].values()]
+        assert f"{sum(values) / len(values):.3f}" in README, method

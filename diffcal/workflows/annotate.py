@@ -297,9 +297,9 @@ def _warn_of_strangers(recognised: float | None) -> None:
     if recognised is not None and recognised < ENDPOINTS_EXPECTED:
         logger.warning(
             "only %.0f %% of the images of a single class are recognised as that class: the model "
-            "does not draw its classes clearly, or the annotator cannot read them. Classifiers trained "
-            "on such labels get worse; give the annotator more real images or a better encoder, or drop "
-            "these groups with filter.require_endpoints",
+            "does not draw its classes clearly, or the annotator cannot read them. If it is the "
+            "annotator, classifiers trained on its labels get worse: give it more real images or a "
+            "better encoder. filter.require_endpoints drops these groups",
             100 * recognised,
         )
 
