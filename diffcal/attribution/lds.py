@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from diffcal.attribution.scores import ScoreBlock
@@ -19,6 +19,7 @@ __all__ = [
     "average_ranks",
     "centre_batches",
     "lds_difference",
+    "lds_of_draws",
     "linear_datamodeling_score",
     "predictions_of",
     "resample_counts",
@@ -187,6 +188,25 @@ def linear_datamodeling_score(
     counts = resample_counts(subsets, n_resamples, generator)
     columns = torch.randint(queries, (n_resamples, queries), generator=generator)
     draws = resampled_spearman(predicted, actual, counts)
+    return lds_of_draws(per_query, draws, columns, level, subsets)
+
+
+def lds_of_draws(
+    per_query: Float64[Tensor, " q"],
+    draws: Float64[Tensor, "r q"],
+    columns: Int64[Tensor, "r q"],
+    level: float,
+    subsets: int,
+) -> LDS:
+    """The score and its spreads from the correlations of every resample.
+
+    Args:
+        per_query: On the subsets as they are.
+        draws: On resampled subsets.
+        columns: The queries of each resample.
+        level: Of the intervals.
+        subsets: How many there are.
+    """
     both = draws.gather(1, columns).mean(dim=1)
     return LDS(
         per_query=per_query,
@@ -196,7 +216,7 @@ def linear_datamodeling_score(
         over_both=spread_of(both, level),
         draws=both,
         subsets=subsets,
-        queries=queries,
+        queries=len(per_query),
     )
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from diffcal.attribution.lds import (
     LDS,
+    lds_of_draws,
     require_table,
     resample_counts,
     resampled_spearman,
     spearman,
-    spread_of,
 )
 from diffcal.core.tensors import require_finite
 from diffcal.errors import ConfigError, DataError
@@ -92,14 +92,4 @@ def cross_fitted_lds(
         counts = resample_counts(len(held), n_resamples, generator)
         per_query += spearman(predicted, actual) / len(folds)
         draws += resampled_spearman(predicted, actual, counts) / len(folds)
-    both = draws.gather(1, columns).mean(dim=1)
-    return LDS(
-        per_query=per_query,
-        mean=float(per_query.mean()),
-        over_subsets=spread_of(draws.mean(dim=1), level),
-        over_queries=spread_of(per_query[columns].mean(dim=1), level),
-        over_both=spread_of(both, level),
-        draws=both,
-        subsets=subsets,
-        queries=queries,
-    )
+    return lds_of_draws(per_query, draws, columns, level, subsets)

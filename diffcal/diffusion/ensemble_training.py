@@ -14,7 +14,9 @@ from diffcal.diffusion.training import (
     OptimizerConfig,
     draw_step,
     learning_rate_factor,
+    packed_state,
     take_label_dropout,
+    unpacked_state,
 )
 from diffcal.errors import ConfigError, NumericalError
 
@@ -148,27 +150,12 @@ class EnsembleTrainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything needed to continue, as named CPU tensors (with ``step`` beside them)."""
-        state: dict[str, Tensor] = {}
-        for kind, tensors in (("stack", self.stack.state_dict()), ("ema", self.ema.averages)):
-            state |= {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            for name, tensor in values.items():
-                state[f"optimizer/{index}/{name}"] = torch.as_tensor(tensor)
-        # Copies: the optimiser and the average work in place.
-        return {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
+        parts = {"stack": self.stack.state_dict(), "ema": self.ema.averages}
+        return packed_state(parts, self.optimizer)
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Continue from :meth:`tensors` taken after ``step`` steps."""
-        groups: dict[str, dict[str, Tensor]] = {"stack": {}, "ema": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            groups[kind][rest] = tensor
-        self.stack.load_state_dict(groups["stack"])
-        self.ema.load(groups["ema"].items())
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in groups["optimizer"].items():
-            index, _, field_name = name.partition("/")
-            state.setdefault(int(index), {})[field_name] = tensor
-        whole = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+        parts = unpacked_state(tensors, self.optimizer)
+        self.stack.load_state_dict(parts["stack"])
+        self.ema.load(parts["ema"].items())
         self.step = step

@@ -1,5 +1,6 @@
 """One training step of a class-conditional denoiser, and the state it carries."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -269,28 +270,47 @@ class DiffusionTrainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything needed to continue, as named CPU tensors (with ``step`` beside them)."""
-        state: dict[str, Tensor] = {}
-        for name, tensor in self.network.state_dict().items():
-            state[f"network/{name}"] = tensor
-        for name, tensor in self.ema.averages.items():
-            state[f"ema/{name}"] = tensor
-        for index, values in self.optimizer.state_dict()["state"].items():
-            for name, tensor in values.items():
-                state[f"optimizer/{index}/{name}"] = torch.as_tensor(tensor)
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        parts = {"network": self.network.state_dict(), "ema": self.ema.averages}
+        return packed_state(parts, self.optimizer)
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Continue from :meth:`tensors` taken after ``step`` steps."""
-        groups: dict[str, dict[str, Tensor]] = {"network": {}, "ema": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            groups[kind][rest] = tensor
-        self.network.load_state_dict(groups["network"])
-        self.ema.load(groups["ema"].items())
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in groups["optimizer"].items():
-            index, _, field_name = name.partition("/")
-            state.setdefault(int(index), {})[field_name] = tensor
-        whole = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+        parts = unpacked_state(tensors, self.optimizer)
+        self.network.load_state_dict(parts["network"])
+        self.ema.load(parts["ema"].items())
         self.step = step
+
+
+def packed_state(
+    parts: Mapping[str, Mapping[str, Tensor]], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Tensors of ``parts`` as ``part/name`` and of the optimiser as ``optimizer/index/name``.
+
+    Copies on the CPU: optimisers and averages work in place.
+    """
+    state = {
+        f"{part}/{name}": tensor
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, tensor in values.items():
+            state[f"optimizer/{index}/{name}"] = torch.as_tensor(tensor)
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+
+
+def unpacked_state(
+    tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Tensor]]:
+    """Load the optimiser from :func:`packed_state`; the other parts by name."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts.setdefault(part, {})[rest] = tensor
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts.pop("optimizer", {}).items():
+        index, _, entry = name.partition("/")
+        state.setdefault(int(index), {})[entry] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return parts
