@@ -1,6 +1,6 @@
 """What a second process gains in ``diffcal das index``: seconds of each process, and equal bytes.
 
-    python benchmarks/attribution_processes.py [--rows 480] [--repeats 2] [--out FILE.json]
+    python benchmarks/attribution_processes.py [--rows 1437] [--repeats 2] [--out FILE.json]
 
 Indexes digits with the bundled digits network, started with ``torch.distributed.run`` as ``accelerate
 launch`` does, one thread for each process. ``cpu`` is what each process spent on the index itself
@@ -24,7 +24,7 @@ from typing import Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=480)
+    parser.add_argument("--rows", type=int, default=1437)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
