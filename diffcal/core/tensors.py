@@ -1,15 +1,57 @@
 """Small tensor helpers that several subpackages want."""
 
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
 from torch import Tensor
 
-from diffcal.errors import NumericalError
+from diffcal.errors import DataError, NumericalError
 
-__all__ = ["append_dims", "require_finite"]
+__all__ = ["append_dims", "as_tensor", "require_finite"]
 
 
 def append_dims(vector: Tensor, like: Tensor) -> Tensor:
     """``vector`` [b] (or a scalar) with trailing axes of size 1 until it broadcasts over ``like``."""
     return vector.reshape(vector.shape + (1,) * (like.ndim - vector.ndim))
+
+
+def as_tensor(values: Any, what: str) -> Tensor:
+    """``values`` as a tensor that carries no gradient, of the same memory where torch can hold it.
+
+    Tensors, arrays of any byte order and stride, data frames and lists. Python's numbers keep their
+    64 bits, unsigned integers become int64, wider floats than torch has become float64.
+
+    Raises:
+        DataError: no numbers, or rows of different lengths; ``what`` names them in the message.
+    """
+    if isinstance(values, Tensor):
+        tensor = values.detach()
+        return tensor.long() if tensor.dtype in _POOR else tensor
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"{what} must be an array of numbers: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{what} must be numbers, got an array of {array.dtype}")
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype(np.int64)
+    elif array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    elif not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    with warnings.catch_warnings():  # nothing here writes to what a caller gave
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+_POOR = (torch.uint16, torch.uint32, torch.uint64)
+"""Integers that torch stores and hardly computes with."""
 
 
 def require_finite(tensor: Tensor, what: str) -> Tensor:

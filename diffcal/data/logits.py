@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffcal.core.runs import write_atomic
+from diffcal.core.tensors import as_tensor
 from diffcal.errors import DataError
 
 __all__ = ["LogitsFile", "load_logits", "save_logits"]
@@ -187,7 +187,7 @@ def _checked(path: Path, arrays: dict[str, Any]) -> LogitsFile:
         array = value if isinstance(value, Tensor) else np.asarray(value)
         if not isinstance(array, Tensor) and array.dtype.kind not in "fiu":
             raise DataError(f"'{path}': '{name}' holds {array.dtype}, expected numbers")
-        tensors[name] = array if isinstance(array, Tensor) else torch.tensor(array)
+        tensors[name] = as_tensor(array, f"'{path}': '{name}'")
     found = ", ".join(tensors) or "nothing usable"
     if ("logits" in tensors) == ("probs" in tensors):
         raise DataError(f"'{path}' must hold exactly one of 'logits' and 'probs'; it has {found}")

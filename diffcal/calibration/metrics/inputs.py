@@ -19,12 +19,16 @@ from torch import Tensor
 
 from diffcal.calibration.metrics.profile import PIECE, Profile
 from diffcal.calibration.metrics.row_reading import RowValues, Unreadable, read_rows
+from diffcal.core.tensors import as_tensor
 from diffcal.errors import DataError
 
 __all__ = ["BLOCK_ELEMENTS", "Confidences", "Predictions", "SUM_TOLERANCE"]
 
 SUM_TOLERANCE = 1e-3
 """How far the sum of a row of probabilities or of a soft label may be from 1."""
+
+ROUNDING = 1e-6
+"""How far a confidence may exceed 1 by rounding; it then counts as 1."""
 
 BLOCK_ELEMENTS = 1 << 18
 """Entries of a float64 block of rows: 2 MiB, so that temporaries stay in the cache."""
@@ -47,12 +51,12 @@ class Confidences:
             number between when only its probability is known. Integers and booleans are taken too.
 
     Raises:
-        DataError: empty, other shapes, NaN, or values outside [0, 1].
+        DataError: empty, other shapes, NaN, or values outside [0, 1] (by more than rounding).
     """
 
     def __init__(self, confidence: Tensor | np.ndarray, outcome: Tensor | np.ndarray) -> None:
-        c = torch.as_tensor(confidence).detach().double()
-        t = torch.as_tensor(outcome).detach().to(c)
+        c = as_tensor(confidence, "confidence").double()
+        t = as_tensor(outcome, "outcome").to(c)
         if c.ndim != 1 or c.shape != t.shape:
             raise DataError(
                 "confidence and outcome must be vectors of one length, "
@@ -60,11 +64,17 @@ class Confidences:
             )
         if len(c) == 0:
             raise DataError("no examples: metrics of an empty set are undefined")
+        checked = []
         for name, values in (("confidence", c), ("outcome", t)):
             low, high = (float(v) for v in values.aminmax())
-            if not (low >= 0 and high <= 1):  # also false for NaN
-                raise DataError(f"{name} must lie in [0, 1]; found values from {low:g} to {high:g}")
-        self._assign(c, t)
+            if not (low >= 0 and high <= 1 + ROUNDING):  # also false for NaN
+                raise DataError(
+                    f"{name} must lie in [0, 1]; found values from {low:.9g} to {high:.9g}"
+                )
+            if high > 1:  # as torch's softmax in float32 gives now and then
+                values = values.clamp(max=1)
+            checked.append(values)
+        self._assign(*checked)
 
     def _assign(self, confidence: Float[Tensor, " n"], outcome: Tensor) -> None:
         self.confidence = confidence
@@ -167,8 +177,8 @@ class Predictions(Confidences):
         if (labels is None) == (soft_labels is None):
             raise DataError("give exactly one of labels and soft_labels")
         self.is_logits = logits is not None
-        scores = torch.as_tensor(logits if logits is not None else probs).detach()
         what = "logits" if self.is_logits else "probs"
+        scores = as_tensor(logits if logits is not None else probs, what)
         if scores.ndim != 2 or not scores.is_floating_point():
             raise DataError(
                 f"{what} must be floating of shape [n, k], got {scores.dtype} {list(scores.shape)}"
@@ -462,7 +472,7 @@ class Predictions(Confidences):
 def _hard(
     labels: Tensor | np.ndarray, n: int, classes: int, device: torch.device
 ) -> Int[Tensor, " n"]:
-    y = torch.as_tensor(labels).detach()
+    y = as_tensor(labels, "labels")
     if y.is_floating_point() or y.dtype == torch.bool:
         raise DataError(f"labels must be integers, got {y.dtype}; distributions go to soft_labels")
     if y.ndim != 1 or len(y) != n:
@@ -474,7 +484,7 @@ def _hard(
 
 
 def _soft(soft_labels: Tensor | np.ndarray, scores: Tensor) -> Tensor:
-    q = torch.as_tensor(soft_labels).detach().to(scores.device)
+    q = as_tensor(soft_labels, "soft_labels").to(scores.device)
     if not q.is_floating_point() or q.shape != scores.shape:
         raise DataError(
             f"soft_labels must be floating of shape {list(scores.shape)}, "

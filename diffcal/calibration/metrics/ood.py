@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcal.core.tensors import as_tensor
 from diffcal.errors import ConfigError, DataError
 
 __all__ = [
@@ -45,7 +46,7 @@ def ood_scores(
     """
     if (logits is None) == (probs is None):
         raise DataError("give exactly one of logits and probs")
-    given = torch.as_tensor(logits if logits is not None else probs).detach().double()
+    given = as_tensor(logits if logits is not None else probs, "scores").double()
     if given.ndim != 2 or given.numel() == 0:
         raise DataError(f"expected non-empty [n, k], got {list(given.shape)}")
     if not bool(given.isfinite().all()):
@@ -149,7 +150,7 @@ def _accepted(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _checked(scores: Tensor | np.ndarray) -> Float[Tensor, " n"]:
-    values = torch.as_tensor(scores).detach().double()
+    values = as_tensor(scores, "scores").double()
     if values.ndim != 1 or len(values) == 0:
         raise DataError(f"scores must be a non-empty vector, got shape {list(values.shape)}")
     if not bool(values.isfinite().all()):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffcal.calibration.metrics.binned import expected_calibration_error
 from diffcal.calibration.metrics.inputs import Predictions
+from diffcal.core.tensors import as_tensor
 from diffcal.errors import CheckpointError, ConfigError, DataError
 
 __all__ = ["Calibrator", "Criterion", "FitData", "NotFittedError", "criterion_value"]
@@ -288,7 +289,7 @@ def _keep_argmax(out: Tensor, top: Tensor) -> None:
 
 
 def _floating(values: Tensor | np.ndarray) -> Tensor:
-    tensor = torch.as_tensor(values).detach()
+    tensor = as_tensor(values, "logits")
     if tensor.ndim != 2 or not tensor.is_floating_point():
         raise DataError(
             f"logits must be floating of shape [n, k], got {tensor.dtype} {list(tensor.shape)}"
@@ -317,7 +318,7 @@ def _checked_features(
         if needed:
             raise DataError("this method needs features= (the inputs of the last linear layer)")
         return None
-    h = torch.as_tensor(values).detach().to(device=logits.device, dtype=torch.float64)
+    h = as_tensor(values, "features").to(device=logits.device, dtype=torch.float64)
     if h.ndim != 2 or len(h) != len(logits) or h.shape[1] == 0:
         raise DataError(f"features must have shape [{len(logits)}, d], got {list(h.shape)}")
     if not bool(h.isfinite().all()):

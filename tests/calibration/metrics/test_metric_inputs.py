@@ -173,3 +173,18 @@ def test_first_largest_entry_of_wide_rows_with_many_ties(k):
     np.testing.assert_array_equal(p.predicted.numpy(), z.numpy().argmax(axis=1))
     expected = z.double().softmax(1).max(dim=1).values
     torch.testing.assert_close(p.confidence, expected, rtol=1e-13, atol=0)
+
+
+def test_a_confidence_that_rounding_put_above_one_counts_as_one():
+    above = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    scores = Confidences(torch.stack([above, above - 0.5]), torch.tensor([1, 0]))
+    assert float(scores.confidence.max()) == 1
+    with pytest.raises(DataError, match=r"from 0 to 1\.00001"):
+        Confidences(torch.tensor([0, 1.00001]), torch.tensor([1, 0]))
+
+
+def test_arrays_that_torch_cannot_hold_give_the_values_of_those_it_can():
+    z, y = LOGITS.double().numpy(), LABELS.numpy()
+    expected = calibration_summary(logits=z, labels=y)
+    given = calibration_summary(logits=z.astype(">f8")[::-1], labels=y.astype(np.uint16)[::-1])
+    assert given == pytest.approx(expected, rel=1e-12, nan_ok=True)
