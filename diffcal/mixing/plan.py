@@ -1,10 +1,11 @@
 """What to mix: for every group its classes, the weights of its members, and its seed.
 
 A plan is a pure function of (settings, seed, group): nothing is stored, and any group can be asked
-for alone, in any order, on any machine.
+for alone, in any order, on any machine. Only a bisection looks at images to find its weights.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 Choice = Literal["cycle", "uniform", "confusable"]
-WeightKind = Literal["grid", "dirichlet"]
+WeightKind = Literal["grid", "bisect", "dirichlet"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class MixGroup:
     classes: tuple[int, ...]
     """The k classes that are mixed, in ascending order."""
     weights: Float[Tensor, "m k"]
-    """One row for each member, over ``classes``; float32, non-negative, sum 1."""
+    """One row for each member, over ``classes``; float32, non-negative, sum 1. Of a bisection that has
+    not been made yet the three rows that it starts from."""
     seed: int
     """Seed of the initial noise."""
 
@@ -55,8 +57,13 @@ class PlanConfig:
     """Images in a group, pure classes included."""
     classes_per_mix: int = 2
     weights: WeightKind = "grid"
-    """``grid``: lambda in equal steps from 0 to 1 (pairs only). ``dirichlet``: the k pure classes,
+    """``grid``: lambda in equal steps from 0 to 1 (pairs only). ``bisect``: lambda where the images
+    change (pairs only): 0, 1/2 and 1, then one after the other in the middle of the two neighbours
+    whose images differ most, see :mod:`~diffcal.mixing.bisection`. ``dirichlet``: the k pure classes,
     the other members drawn from a Dirichlet distribution (for a pair: a Beta distribution)."""
+    spare: int = 4
+    """Of the bisection: images of a group that are drawn to find where the images change and not
+    kept, so that the others lie evenly; they cost as much as the others."""
     grid_power: float = 1.0
     """Of the grid: lambda is ``(1 + sign(u) |u|^power) / 2`` for u in equal steps from -1 to 1. 1 is
     the release; above 1 the grid is denser in the middle, where images pass from class to class."""
@@ -94,11 +101,18 @@ class PlanConfig:
                 f"plan: weights is one of {', '.join(get_args(WeightKind))} and choice one of "
                 f"{', '.join(get_args(Choice))}; got '{self.weights}' and '{self.choice}'"
             )
-        if self.weights == "grid" and self.classes_per_mix != 2:
+        if self.weights != "dirichlet" and self.classes_per_mix != 2:
             raise ConfigError(
-                "plan.weights grid runs between two classes; use weights dirichlet for "
+                f"plan.weights {self.weights} runs between two classes; use weights dirichlet for "
                 f"{self.classes_per_mix}"
             )
+        if self.weights == "bisect" and self.members < 3:
+            raise ConfigError(
+                f"plan.weights bisect starts from 3 members (both classes and their middle), got "
+                f"{self.members}"
+            )
+        if self.spare < 0:
+            raise ConfigError(f"plan.spare must not be negative, got {self.spare}")
         if not (self.grid_power > 0 and math.isfinite(self.grid_power)):
             raise ConfigError(f"plan.grid_power must be positive, got {self.grid_power}")
         if not (self.concentration > 0 and math.isfinite(self.concentration)):
@@ -111,6 +125,11 @@ class PlanConfig:
             raise ConfigError("plan.only lists the combinations, so choice confusable has no say")
         if self.seeds is not None:
             self.group_seeds()
+
+    @property
+    def drawn_per_image(self) -> float:
+        """Images that are drawn for each that is kept."""
+        return 1 + self.spare / self.members if self.weights == "bisect" else 1
 
     def group_seeds(self) -> list[int]:
         """The seed that ``seeds`` gives each group; ConfigError if their number does not fit."""
@@ -135,13 +154,23 @@ class MixPlan:
         config: See :class:`PlanConfig`.
         class_names: Of the denoiser, in its order.
         seed: Of the run.
+        found: Weights of groups that a bisection found before, so that their images can be drawn
+            again without it.
 
     Raises:
         ConfigError: too few classes, unknown names in ``only``, or a confusion matrix of another size.
     """
 
-    def __init__(self, config: PlanConfig, class_names: tuple[str, ...], seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: PlanConfig,
+        class_names: tuple[str, ...],
+        seed: int = 0,
+        *,
+        found: Mapping[int, Float[Tensor, "m k"]] | None = None,
+    ) -> None:
         self.config, self.class_names, self.seed = config, tuple(class_names), seed
+        self.found = found
         if len(class_names) < config.classes_per_mix:
             raise ConfigError(
                 f"cannot mix {config.classes_per_mix} classes of {len(class_names)} "
@@ -168,6 +197,11 @@ class MixPlan:
         seed = item_seed(self.seed, "latent", group) if self._seeds is None else self._seeds[group]
         return MixGroup(group, self._classes(group), self._weights(group), seed)
 
+    @property
+    def bisects(self) -> bool:
+        """Whether the weights are found while the images are drawn."""
+        return self.config.weights == "bisect" and self.found is None
+
     @cached_property
     def combinations(self) -> int:
         """How many combinations of classes can come up."""
@@ -192,8 +226,14 @@ class MixPlan:
 
     def _weights(self, group: int) -> Float[Tensor, "m k"]:
         config = self.config
-        if config.weights == "grid":
-            lambdas = lambda_grid(config.members, config.grid_power)
+        if self.found is not None:
+            return self.found[group]
+        if config.weights != "dirichlet":
+            lambdas = (
+                lambda_grid(config.members, config.grid_power)
+                if config.weights == "grid"
+                else lambda_grid(3)
+            )
             return torch.stack([lambdas, 1 - lambdas], dim=1)
         k, free = config.classes_per_mix, config.members - config.classes_per_mix
         generator = item_generator(self.seed, "weights", group)

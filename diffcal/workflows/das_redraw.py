@@ -3,9 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -15,7 +18,8 @@ from diffcal.config import config_from_dict, config_to_dict
 from diffcal.core.devices import module_device
 from diffcal.core.rng import item_normal
 from diffcal.core.runs import fingerprint
-from diffcal.data.shards import read_manifest
+from diffcal.data.shards import read_manifest, verified_shard
+from diffcal.data.soft_labels import flat_lists
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.diffusion.samplers import SamplerConfig, sample, sampling_sigmas
 from diffcal.errors import ConfigError, DataError
@@ -139,7 +143,8 @@ class MixImages(Redrawable):
     """Images of a finished ``diffcal csm`` generation, with its own noise, weights and sampler.
 
     Every batch is the one in which an image was drawn, so that on a CPU the model that drew it draws
-    the same bytes again.
+    the same bytes again. Of a plan that bisects the ratios that were found are drawn, by every model;
+    its batches were others, so that a pixel may round to the next value.
 
     Args:
         folder: The run, or its ``generated`` folder.
@@ -158,7 +163,8 @@ class MixImages(Redrawable):
                 f"the images of '{folder}' cannot be drawn again: their noise is not known; give a run "
                 "of diffcal csm generate, or its generated folder"
             )
-        manifest = read_manifest(folder, GENERATED, ("class_names", "config", "denoiser"))
+        self.manifest = read_manifest(folder, GENERATED, ("class_names", "config", "denoiser"))
+        self.folder, manifest = folder, self.manifest
         self.config = config_from_dict(GenerateConfig, manifest["config"])
         self.class_names = tuple(manifest["class_names"])
         self.sampler = self.config.generation.sampler
@@ -178,7 +184,7 @@ class MixImages(Redrawable):
         self, denoiser: Denoiser, positions: Sequence[int] | None = None, *, path: bool = False
     ) -> Iterator[DrawnBatch]:
         """See :meth:`Redrawable.batches`."""
-        plan = MixPlan(self.config.plan, self.class_names, self.config.seed)
+        plan = self._plan
         on_cpu = module_device(denoiser.module).type == "cpu"
         generation = self.config.generation
         size = fixed_rows(denoiser.sample_shape) if on_cpu else generation.batch_size
@@ -191,13 +197,33 @@ class MixImages(Redrawable):
             wanted.setdefault(range(start, min(start + size, shard.stop)), []).append(position)
         for items, chosen in wanted.items():
             steps = _Steps(len(items)) if path else None
-            ((_, images),) = generate_images(denoiser, plan, items, generation, on_step=steps)
+            (batch,) = generate_images(denoiser, plan, items, generation, on_step=steps)
             places = [self.items[position] - items.start for position in chosen]
             yield DrawnBatch(
                 tuple(chosen),
-                torch.from_numpy(images)[places],
+                torch.from_numpy(batch.images)[places],
                 None if steps is None else steps.stack()[:, places],
             )
+
+    @cached_property
+    def _plan(self) -> MixPlan:
+        plan = MixPlan(self.config.plan, self.class_names, self.config.seed)
+        return MixPlan(plan.config, plan.class_names, plan.seed, found=self._found(plan))
+
+    def _found(self, plan: MixPlan) -> dict[int, Tensor] | None:
+        """Weights of every group that shares a batch with one of the images."""
+        if not plan.bisects:
+            return None
+        members = plan.config.members
+        found: dict[int, Tensor] = {}
+        per_shard = self.config.groups_per_shard * members
+        for shard in sorted({item // per_shard for item in self.items}):
+            path = verified_shard(self.folder, self.manifest["shards"][shard])
+            rows, _ = flat_lists(pq.read_table(path, columns=["weights"])["weights"], np.float32)
+            first = shard * self.config.groups_per_shard
+            ladders = torch.from_numpy(rows).view(-1, members, plan.config.classes_per_mix)
+            found |= {first + place: weights for place, weights in enumerate(ladders)}
+        return found
 
 
 def denoised_levels(denoiser: Denoiser, sampler: SamplerConfig) -> tuple[float, ...]:

@@ -94,8 +94,8 @@ def generate(
         overwrite: Remove ``run/generated`` first if it was made with other settings.
 
     Returns:
-        Summary: images, shards, processes, network evaluations per image, images that this process
-        made in this call, its seconds, folder.
+        Summary: images, shards, processes, network evaluations per image (those of spare images
+        included), images that this process made in this call, its seconds, folder.
 
     Raises:
         ConfigError: settings that the model cannot serve.
@@ -133,7 +133,8 @@ def generate(
         "images": images,
         "shards": config.shards,
         "processes": state.num_processes,
-        "evaluations_per_image": evaluations(config.generation.sampler),
+        "evaluations_per_image": evaluations(config.generation.sampler)
+        * config.plan.drawn_per_image,
         "generated_now": sum(len(rows[shard]) for shard in own if shard not in done),
         "seconds": round(time.monotonic() - started, 1),
         "folder": str(folder),
@@ -184,11 +185,13 @@ def _write_shard(
     import pyarrow.parquet as pq
 
     encoded: list[bytes] = []
+    weights: list[list[float]] = []
     height = width = 0
-    for _, images in generate_images(denoiser, plan, items, config.generation):
-        height, width = images.shape[1:3]
-        encoded += [encode_png(image) for image in images]
-        bar.update(len(images))
+    for batch in generate_images(denoiser, plan, items, config.generation):
+        height, width = batch.images.shape[1:3]
+        encoded += [encode_png(image) for image in batch.images]
+        weights += batch.weights.tolist()
+        bar.update(len(batch.items))
     members = plan.config.members
     groups = {item // members: plan[item // members] for item in items}
     picked = [(groups[item // members], item % members) for item in items]
@@ -198,10 +201,7 @@ def _write_shard(
             "group": pa.array([group.index for group, _ in picked], pa.int64()),
             "member": pa.array([member for _, member in picked], pa.int32()),
             "classes": pa.array([group.classes for group, _ in picked], pa.list_(pa.int32())),
-            "weights": pa.array(
-                [group.weights[member].tolist() for group, member in picked],
-                pa.list_(pa.float32()),
-            ),
+            "weights": pa.array(weights, pa.list_(pa.float32())),
             "seed": pa.array([group.seed for group, _ in picked], pa.int64()),
             "image": pa.array(
                 [

@@ -17,7 +17,7 @@ SAMPLER = SamplerConfig(steps=4)
 def images_of(denoiser, items, members=4, mode="label", sampler=SAMPLER, only=(), seed=0):
     plan = MixPlan(PlanConfig(groups=40, members=members, only=only), denoiser.class_names, seed)
     config = GenerationConfig(condition=ConditionConfig(mode=mode), sampler=sampler)
-    parts = [images for _, images in generate_images(denoiser, plan, items, config)]
+    parts = [batch.images for batch in generate_images(denoiser, plan, items, config)]
     return np.concatenate(parts)
 
 
@@ -80,3 +80,38 @@ def test_unconditional_models_cannot_be_mixed():
 
 def test_rows_of_a_call_follow_the_image_size():
     assert [fixed_rows((3, s, s)) for s in (8, 16, 32, 64, 512)] == [256, 64, 16, 8, 8]
+
+
+def bisection(denoiser, items, members=7, mode="label", found=None):
+    config = PlanConfig(groups=40, members=members, weights="bisect")
+    plan = MixPlan(config, denoiser.class_names, found=found)
+    generation = GenerationConfig(condition=ConditionConfig(mode=mode), sampler=SAMPLER)
+    return list(generate_images(denoiser, plan, items, generation))
+
+
+@pytest.mark.parametrize("mode", ["label", "score"])
+def test_a_bisected_group_has_the_images_of_its_weights(mode):
+    """Drawing the weights that were found gives the ladder, up to rounding in calls of other height."""
+    denoiser = tiny_edm()
+    batches = bisection(denoiser, range(14), mode=mode)
+    assert [batch.items for batch in batches] == [range(7), range(7, 14)]
+    found = {index: batch.weights for index, batch in enumerate(batches)}
+    for weights in found.values():
+        assert weights[[0, -1]].tolist() == [[0, 1], [1, 0]]
+        assert bool((weights[:, 0].diff() > 0).all())
+    (again,) = bisection(denoiser, range(14), mode=mode, found=found)
+    images = np.concatenate([batch.images for batch in batches])
+    assert np.abs(again.images.astype(int) - images.astype(int)).max() <= 1
+
+
+def test_a_bisected_group_does_not_depend_on_its_neighbours():
+    denoiser = tiny_edm()
+    alone = bisection(denoiser, range(7, 14))[0]
+    beside = bisection(denoiser, range(28))[1]
+    torch.testing.assert_close(alone.weights, beside.weights, rtol=0, atol=0)
+    assert np.abs(alone.images.astype(int) - beside.images.astype(int)).max() <= 1
+
+
+def test_parts_of_a_bisected_group_are_refused():
+    with pytest.raises(ConfigError, match="items 3 to 9 are not whole groups of 7"):
+        bisection(tiny_edm(), range(3, 10))

@@ -228,6 +228,23 @@ def test_generated_images_are_drawn_again_to_the_byte(mixed):
     assert torch.equal(some[0].images[0], images[7])
 
 
+def test_bisected_images_are_drawn_again_from_the_ratios_that_were_found(tmp_path):
+    overrides = [
+        "generate.plan.groups=3",
+        "generate.plan.members=8",
+        "generate.plan.weights=bisect",
+        "generate.groups_per_shard=2",
+        "generate.generation.sampler.steps=3",
+    ]
+    run_generation(csm_config(None, overrides), tmp_path, device="cpu")
+    rows, images = stored(tmp_path)
+    ladders = [[row["weights"][0] for row in rows[start : start + 8]] for start in (0, 8, 16)]
+    assert len(set(map(tuple, ladders))) > 1
+    redraw = MixImages(tmp_path, range(1, 24, 2), ("",) * 12)
+    drawn = redraw.draw(load_denoiser("bundled:digits"))
+    assert int((drawn.int() - images[1::2].int()).abs().max()) <= 1
+
+
 def test_journey_trak_takes_its_queries_along_the_way(mixed, tmp_path):
     index = tmp_path / "index"
     summary, _ = make(index, "journey-trak", name=str(mixed), queries=4)
