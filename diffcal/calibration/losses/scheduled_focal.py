@@ -47,7 +47,7 @@ class ScheduledFocal(EpochLoss):
         self.gammas = tuple(check_gamma(gamma) for gamma in gammas)
         self.shares = tuple(shares)
         self.register_buffer("progress", torch.zeros(()))
-        self.register_load_state_dict_post_hook(lambda module, _: module._settle())  # type: ignore[attr-defined]
+        self.register_load_state_dict_post_hook(_settle_after_loading)  # type: ignore[arg-type]
         self._settle()
 
     @property
@@ -68,3 +68,8 @@ class ScheduledFocal(EpochLoss):
     def end_epoch(self, end: EpochEnd) -> None:
         self.progress.fill_(end.progress)
         self._settle()
+
+
+def _settle_after_loading(module: ScheduledFocal, _: object) -> None:
+    # by name, because a module with a lambda cannot be pickled
+    module._settle()

@@ -98,8 +98,9 @@ def criterion_value(
 class Calibrator(ABC):
     """A map from logits to probabilities, fitted on validation data.
 
-    Arrays give arrays and tensors give tensors of the same number format and device, which carry no
-    gradient. ``fit`` works in float64, leaves torch's random state alone and may be called again.
+    Tensors give tensors of the same number format and device, which carry no gradient; arrays, and all
+    that numpy makes into one, give arrays. ``fit`` works in float64, leaves torch's random state alone
+    and may be called again.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ()
@@ -267,7 +268,7 @@ class Calibrator(ABC):
             out[rows] = made
             if made.dtype != out.dtype and self.preserves_argmax:
                 _keep_argmax(out[rows], z[rows].argmax(dim=1))
-        return out.numpy() if isinstance(logits, np.ndarray) else out
+        return out if isinstance(logits, Tensor) else out.numpy()
 
     def _row_blocks(self, n: int, k: int) -> Iterator[slice]:
         size = max(1, self.block_elements // k)

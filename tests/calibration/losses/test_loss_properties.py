@@ -1,5 +1,7 @@
 """What every calibration loss keeps: symmetries, limits, soft one-hot = hard, gradients, bad input."""
 
+import pickle
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -381,3 +383,32 @@ def compiled():
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_compiles_whole(compiled, name):
     assert not compiled[name], compiled[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_soft_targets_that_were_cast_to_half_precision_are_taken(dtype):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(500, 30, generator=generator)
+    q = torch.randn(500, 30, generator=generator).mul(3).softmax(dim=1)
+    assert (q.to(dtype).double().sum(dim=1) - 1).abs().max() > 1e-4  # or this tests nothing
+    exact = float(cross_entropy(z, q))
+    assert float(cross_entropy(z, q.to(dtype))) == pytest.approx(exact, rel=2e-3)
+    wrong = q.clone()
+    wrong[7] *= 1.02
+    with pytest.raises(DataError, match=r"row 7 sums to 1\.0"):
+        cross_entropy(z, wrong.to(dtype))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("size", [3, 5])
+def test_class_weights_are_as_many_as_classes(size, soft):
+    y = torch.tensor([0, 1, 2])  # none of a class without a weight
+    targets = F.one_hot(y, 4).float() if soft else y
+    with pytest.raises(DataError, match=r"class_weight must have shape \[4\], got"):
+        cross_entropy(torch.zeros(3, 4), targets, class_weight=torch.ones(size))
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"uncertainty_weighted"}))
+def test_losses_go_through_pickle_to_other_processes(name):
+    loss = build_loss(name)
+    assert type(pickle.loads(pickle.dumps(loss))) is type(loss)

@@ -228,6 +228,16 @@ def test_large_float32_logits():
         assert bool(p.isfinite().all()), method
 
 
+def test_rows_of_a_list_or_a_data_frame_give_an_array(fitted):
+    pandas = pytest.importorskip("pandas")
+    made = fitted["temperature"]
+    expected = made.predict_proba(Z.double().numpy())
+    for given in (Z.tolist(), pandas.DataFrame(Z.double().numpy())):
+        probs = made._map(given, None, made._probs)  # below the annotation, which the tests check
+        assert isinstance(probs, np.ndarray)
+        np.testing.assert_array_equal(probs, expected)
+
+
 def test_bad_input(fitted):
     made = fitted["temperature"]
     with pytest.raises(NotFittedError, match="not fitted"):
