@@ -289,7 +289,7 @@ def _keep_argmax(out: Tensor, top: Tensor) -> None:
         out[wrong, at] = torch.nextafter(largest, torch.full_like(largest, torch.inf))
 
 
-def _floating(values: Tensor | np.ndarray) -> Tensor:
+def _floating(values: Any) -> Tensor:
     tensor = as_tensor(values, "logits")
     if tensor.ndim != 2 or not tensor.is_floating_point():
         raise DataError(
@@ -298,7 +298,7 @@ def _floating(values: Tensor | np.ndarray) -> Tensor:
     return tensor
 
 
-def _checked_logits(values: Tensor | np.ndarray, classes: int) -> Tensor:
+def _checked_logits(values: Any, classes: int) -> Tensor:
     z = _floating(values)
     if z.shape[1] != classes:
         raise DataError(f"logits have {z.shape[1]} classes, fitted on {classes}")
@@ -312,9 +312,7 @@ def _checked_logits(values: Tensor | np.ndarray, classes: int) -> Tensor:
     return z
 
 
-def _checked_features(
-    values: Tensor | np.ndarray | None, logits: Tensor, needed: bool
-) -> Float[Tensor, "n d"] | None:
+def _checked_features(values: Any, logits: Tensor, needed: bool) -> Float[Tensor, "n d"] | None:
     if values is None:
         if needed:
             raise DataError("this method needs features= (the inputs of the last linear layer)")
