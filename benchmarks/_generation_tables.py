@@ -31,8 +31,9 @@ def markdown(result: dict[str, Any]) -> str:
         "95 % intervals in brackets; of Fréchet distances the smallest and largest part.",
         "",
     ]
-    lines += [f"**The experiment failed:** {reason}." for reason in result["failed"]]
-    lines += ["", *_pure(result), *_classes(result), *_ladders(result), *_curves(result)]
+    if result["failed"]:
+        lines += [f"**Failed by the protocol's own criteria:** {'; '.join(result['failed'])}.", ""]
+    lines += [*_pure(result), *_classes(result), *_ladders(result), *_curves(result)]
     lines += _copies(copies)
     return "\n".join([*lines, ""])
 
@@ -113,7 +114,13 @@ def _ladders(result: dict[str, Any]) -> Iterator[str]:
         yield _row(name, _measure(kind, "largest_step", 2), f"{kind['cpu_seconds_per_1000']:.1f}")
     yield ""
     for reader in _readers(result):
-        yield f"With {READERS[reader]}:"
+        passage = kinds["label"]["measures"]
+        yield (
+            f"With {READERS[reader]}; from one end to the other λ̂ rises by "
+            f"{_plain(passage[f'{reader}/projection/passage'], 2)} by projection and "
+            f"{_plain(passage[f'{reader}/posterior/passage'], 2)} by posterior (1: both ends show "
+            "their class):"
+        )
         yield ""
         yield from _head(
             [
@@ -141,7 +148,11 @@ def _curves(result: dict[str, Any]) -> Iterator[str]:
     kinds = result["ladders"]["kinds"]
     yield "## λ̂ against the requested λ"
     yield ""
-    yield "Median [10 %, 90 %] of λ̂ over images, by requested λ; – where a kind asked for none."
+    yield (
+        "Median [10 %, 90 %] of λ̂ over images, by requested λ; – where a kind asked for none. A "
+        "bisection asks each group for ratios within its own passage, so that its columns hold "
+        "different groups and do not form a curve."
+    )
     yield ""
     for readout in ("projection", "posterior"):
         yield f"By {readout}, with {READERS['classifier']}:"
