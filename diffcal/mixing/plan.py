@@ -127,7 +127,7 @@ class PlanConfig:
             self.group_seeds()
 
     @property
-    def drawn_per_image(self) -> float:
+    def drawn_per_image(self) -> float | int:
         """Images that are drawn for each that is kept."""
         return 1 + self.spare / self.members if self.weights == "bisect" else 1
 
