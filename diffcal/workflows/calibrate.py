@@ -1,7 +1,7 @@
 """Post-hoc calibration: validation logits and others in, calibrated files and a table out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,8 @@ def calibrate(
     val = files["validation"]
     for name, content in files.items():
         _check_fits(name, content, val)
+    for method in config.methods:
+        _check_layer(method, build_calibrator(method, config.settings), files.values(), val)
     inputs = {name: _source(content) for name, content in files.items()}
     claim_folder(out, config_to_dict(config) | {"inputs": inputs}, overwrite=overwrite)
     fitted: dict[str, Calibrator] = {}
@@ -173,7 +175,7 @@ def _named(paths: Sequence[Path | str]) -> dict[str, LogitsFile]:
     for path in map(Path, paths):
         name = path.stem
         if name in named or name in ("validation", "calibrator"):
-            name = f"{path.parent.name or 'file'}-{path.stem}"
+            name = f"{path.resolve().parent.name or 'file'}-{path.stem}"
         if name in named:
             raise ConfigError(f"two files to calibrate are called '{name}': rename one")
         named[name] = _read(path)
@@ -195,22 +197,36 @@ def _check_fits(name: str, content: LogitsFile, val: LogitsFile) -> None:
         )
 
 
+def _stages(calibrator: Calibrator) -> list[Calibrator]:
+    return list(calibrator.stages) if isinstance(calibrator, Pipeline) else [calibrator]
+
+
+def _check_layer(
+    method: str, calibrator: Calibrator, files: Iterable[LogitsFile], val: LogitsFile
+) -> None:
+    """Raise :class:`DataError` where a file lacks the features, or ``val`` the layer, of a method."""
+    reads_head = any(
+        isinstance(s, FeatureClipping | FeatureConsistency) for s in _stages(calibrator)
+    )
+    if reads_head and val.head is None:
+        raise DataError(
+            f"'{val.path}': {method} needs the last linear layer; "
+            "store it as head_weight and head_bias (.npz or .safetensors)"
+        )
+    for content in files:
+        if calibrator.needs_features and content.features is None:
+            raise DataError(f"'{content.path}': {method} needs the array 'features'")
+
+
 def _fit(method: str, config: CalibrateConfig, val: LogitsFile) -> Calibrator:
     calibrator = build_calibrator(method, config.settings)
-    stages = calibrator.stages if isinstance(calibrator, Pipeline) else [calibrator]
-    for stage in stages:
-        if isinstance(stage, FeatureClipping | FeatureConsistency):
-            if val.head is None:
-                raise DataError(
-                    f"'{val.path}': {method} needs the last linear layer; "
-                    "store it as head_weight and head_bias (.npz or .safetensors)"
-                )
-            if isinstance(stage, FeatureClipping):
-                stage.with_head(*val.head)
-            else:
-                stage.with_weight(val.head[0])
-    if calibrator.needs_features and val.features is None:
-        raise DataError(f"'{val.path}': {method} needs the array 'features'")
+    for stage in _stages(calibrator):
+        if isinstance(stage, FeatureClipping):
+            assert val.head is not None
+            stage.with_head(*val.head)
+        elif isinstance(stage, FeatureConsistency):
+            assert val.head is not None
+            stage.with_weight(val.head[0])
     try:
         return calibrator.fit(
             val.logits,  # type: ignore[arg-type]
@@ -224,8 +240,6 @@ def _fit(method: str, config: CalibrateConfig, val: LogitsFile) -> Calibrator:
 
 def _applied(calibrator: Calibrator, content: LogitsFile) -> dict[str, Tensor]:
     assert content.logits is not None
-    if calibrator.needs_features and content.features is None:
-        raise DataError(f"'{content.path}' has no 'features', which this method needs")
     if calibrator.gives_logits:
         z = calibrator.calibrated_logits(content.logits, features=content.features)
         return {"logits": z}

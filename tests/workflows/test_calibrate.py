@@ -158,3 +158,18 @@ def test_bad_files(tmp_path, files, capsys):
     write(tmp_path / "test.npz", seed=1, features=None, head_weight=None, head_bias=None)
     assert run(tmp_path, "--method", "group", "--set", "group.partitions=1") == 2
     assert "features" in capsys.readouterr().err
+    write(tmp_path / "val.npz", head_weight=None, head_bias=None)
+    assert run(tmp_path, "--method", "feature_clipping+temperature") == 2
+    assert "last linear layer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # a run in it with these mended would be refused
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path, files, capsys, monkeypatch):
+    folder = tmp_path / "später im Jahr"
+    folder.mkdir()
+    write(folder / "test.npz", seed=2)
+    monkeypatch.chdir(folder)
+    command = ["calibrate", "--logits", "../val.npz", "--apply", "test.npz", "../test.npz"]
+    assert main([*command, "--out", "out"]) == 0
+    named = {path.name for path in (folder / "out" / "temperature").glob("*.npz")}
+    assert named == {"test.npz", f"{tmp_path.name}-test.npz"}
