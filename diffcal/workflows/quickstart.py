@@ -139,9 +139,10 @@ def _page(
     page.section(
         "From one digit to another",
         "Each row starts from one noise. The diffusion model was told to draw λ of the first digit and "
-        "1 - λ of the second; λ̂ is how much of the first digit the finished image shows, measured "
-        "afterwards in the model's own features; the bar is the soft label over all ten digits. The "
-        "rows were drawn at random, not picked.",
+        "1 - λ of the second, at the λ, found by bisection, between which the image changes; λ̂ is how "
+        "much of the first digit the finished image shows, measured afterwards in the model's own "
+        "features; the bar is the soft label over all ten digits. The rows were drawn at random, not "
+        "picked.",
         *(
             html.figure(draw_ladder(ladder), ladder.caption)
             for ladder in select_ladders(dataset, LADDERS)
