@@ -86,7 +86,12 @@ SET_UPS = {
         test=("digits", range(1437, 1797)),
         human=None,
         preset="digits",
-        mixing=("annotation.real.rows=300",),
+        mixing=(
+            "generate.plan.weights=grid",
+            "generate.plan.grid_power=1.5",
+            "generate.groups_per_shard=32",
+            "annotation.real.rows=300",
+        ),
         classifier=ClassifierConfig(
             model="cnn-small",
             epochs=40,
@@ -166,8 +171,12 @@ METHODS = {
         mixed="all_class_more", mixed_loss="cross_entropy"
     ),
     "CSM all-class, L2, better annotator": Method(mixed="all_class_more"),
+    "CSM all-class, soft CE, better annotator, bisected": Method(
+        mixed="bisected_more", mixed_loss="cross_entropy"
+    ),
+    "CSM all-class, L2, better annotator, bisected": Method(mixed="bisected_more"),
 }
-BETTER = tuple(name for name in METHODS if name.endswith("better annotator"))
+BETTER = tuple(name for name in METHODS if "better annotator" in name)
 CONTROLS = ("CE", "label smoothing, matched", "pure generated, CE", "encoder distillation")
 CSM = ("CSM as released", "CSM all-class, soft CE", "CSM all-class, L2", *BETTER)
 
@@ -232,7 +241,7 @@ def _placed(set_up: SetUp, arguments: argparse.Namespace) -> SetUp:
 
 
 def _configs(set_up: SetUp) -> dict[str, CsmConfig]:
-    """The mixed set with each annotator; the images are the same."""
+    """The mixed set with each annotator; the images are the same but for the bisected ones."""
     released = ("annotation.annotator=projection_sigmoid", "annotation.settings={slope=4.0}")
     configs = {
         "all_class": csm_config(set_up.preset, set_up.mixing),
@@ -245,6 +254,8 @@ def _configs(set_up: SetUp) -> dict[str, CsmConfig]:
             "released_more": csm_config(
                 set_up.preset, (*more, *released, "annotation.name=released-more")
             ),
+            # Other images: lambda where they change.
+            "bisected_more": csm_config(set_up.preset, (*more, "generate.plan.weights=bisect")),
         }
     return configs
 
@@ -253,11 +264,12 @@ def _mixed_sets(set_up: SetUp, work: Path) -> dict[str, MixedImages]:
     """Mixed images with the labels of each method, made once."""
     names = tuple(open_images(set_up.train[0]).class_names)
     sets: dict[str, MixedImages] = {}
-    run = work / "mixed"
     for name, config in _configs(set_up).items():
+        own_images = config.generate.plan.weights == "bisect"
+        run = work / ("mixed-bisected" if own_images else "mixed")
         kept = work / f"mixed-{name}.safetensors"
         if not kept.exists():
-            if name == "all_class":
+            if name == "all_class" or own_images:
                 run_csm(config, run, device="cpu")
             else:
                 run_annotation(config, run, device="cpu")
@@ -499,7 +511,9 @@ def markdown(results: dict[str, Any]) -> str:
             ]
         ),
     ]
-    for mixing, control in itertools.product(CSM, (*CONTROLS, "CSM as released")):
+    pairs = [*itertools.product(CSM, (*CONTROLS, "CSM as released"))]
+    pairs += [(name, name.removesuffix(", bisected")) for name in CSM]
+    for mixing, control in pairs:
         if mixing == control or mixing not in runs or control not in runs:
             continue
         cells = [
