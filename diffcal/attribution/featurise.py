@@ -1,6 +1,6 @@
 """Attribution features: per-sample gradients at several timesteps, normalised, averaged, projected."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,8 +97,9 @@ class Featuriser:
 
     ``phi_i = P mean_t g_it / (||g_it|| + 1e-8)``, with ``g_it`` the gradient of the functional of
     the network's output at the noised sample, over the chosen parameters in order of registration.
-    The network runs in evaluation mode. Results do not depend on ``batch_rows`` or on the order of
-    samples, up to rounding.
+    Without normalisation the gradient of a sample's timesteps is formed and projected once. The
+    network runs in evaluation mode. Results do not depend on ``batch_rows`` or on the order of samples,
+    up to rounding.
 
     Args:
         denoiser: The model.
@@ -152,7 +153,8 @@ class Featuriser:
             self.objective,
             parameters,
             self.projector,
-            norms=self.config.norm_kind,
+            # Norms that nobody asks for cost nothing if they are those of the projection.
+            norms=self.config.norm_kind if self.config.normalise else "projected",
             unknown=unknown,
         )
 
@@ -216,24 +218,39 @@ class Featuriser:
         noise = self._noise(tuple(clean.shape[1:]), indices, role)
         sums = torch.zeros(samples, self.dim)
         errors, values = [], []
-        for start in range(0, samples * levels, self.batch_rows):
-            rows = torch.arange(start, min(start + self.batch_rows, samples * levels))
+        for rows, entries in self._batches(samples, levels):
             sample, level = rows // levels, rows % levels
             part = self.rows(
                 clean[sample.to(clean.device)],
                 noise(sample, level),
                 level,
                 None if condition is None else condition[sample.to(condition.device)],
+                entries=entries,
             )
             # Added up as they come, so that memory does not grow with the number of timesteps.
             vectors = _divide(part.vectors, part.norms if self.config.normalise else None)
             sums = sums.to(vectors)
-            sums.index_add_(0, sample.to(vectors.device), vectors)
+            sums.index_add_(0, sample[::entries].to(vectors.device), vectors)
             errors.append(part.extras)
             values.append(part.values)
         return Features(
             sums / max(levels, 1), _table(errors, samples, levels), _table(values, samples, levels)
         )
+
+    def _batches(self, samples: int, levels: int) -> Iterator[tuple[Tensor, int]]:
+        """(Sample, level) rows of each batch, sample after sample, and how many have one gradient."""
+        if self.config.normalise:
+            for rows in torch.arange(samples * levels).split(self.batch_rows):
+                yield rows, 1
+            return
+        if levels <= self.batch_rows:
+            whole = self.batch_rows // levels * levels
+            for rows in torch.arange(samples * levels).split(whole):
+                yield rows, levels
+            return
+        for one in torch.arange(samples * levels).split(levels):
+            for rows in one.split(self.batch_rows):
+                yield rows, len(rows)
 
     def _noise(
         self, shape: tuple[int, ...], indices: Sequence[int], role: str
@@ -273,11 +290,14 @@ class Featuriser:
         noise: Float[Tensor, "b c h w"],
         level: Tensor,
         condition: Tensor | None = None,
+        *,
+        entries: int = 1,
     ) -> GradientBatch:
-        """Projected gradients of single (sample, timestep) rows.
+        """Projected gradients of (sample, timestep) rows, or of the sums over several of them.
 
         Args:
             level: Which of ``levels`` each row is at, int [b].
+            entries: How many rows following each other have one gradient together.
         """
         device = module_device(self.denoiser.module)
         wide = torch.float32 if device.type == "mps" else torch.float64
@@ -289,7 +309,7 @@ class Featuriser:
             self.levels.weights[level].to(device, wide),
             None if condition is None else condition.to(device),
         )
-        return self.gradients(*inputs)
+        return self.gradients(*inputs, entries=entries)
 
 
 def average_over_timesteps(

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcal.attribution.gradient_parts import Part, by_rows, widened
+from diffcal.attribution.gradient_parts import Part, by_rows, multiplied, widened
 from diffcal.attribution.projection_factorised import LayerSketch
 
-__all__ = ["ConvGeometry", "ConvPart", "sketch_convolution", "unfold"]
+__all__ = ["ConvGeometry", "ConvPart", "sketch_convolution", "unfold", "weight_gradients"]
+
+FEW_ENTRIES = 4  # of a row, from which one call for each row beats a batched product on a CPU
+LARGE_ARRAY = 1 << 25  # bytes: memory pages of fresh arrays above cost more than the arithmetic
 
 
 @dataclass(frozen=True)
@@ -59,33 +62,13 @@ class ConvPart(Part):
         self._shrunk = self._unfolded = False
 
     def exact(self, g: Tensor) -> Tensor:
-        x, g = self.saved, g
-        dtype = torch.promote_types(widened(x).dtype, widened(g).dtype)
-        x, g = x.to(dtype), g.to(dtype)
-        if self._geometry.is_pointwise and self._geometry.groups == 1:
-            gradients = g.flatten(2) @ x.flatten(2).mT
-        elif x.is_cuda and self._geometry.groups == 1 and self._geometry.output_padding is None:
-            gradients = g.flatten(2) @ unfold(x, self._geometry).mT
-        else:
-            gradients = torch.stack([self._one(x[n : n + 1], g[n : n + 1]) for n in range(len(x))])
-        return by_rows(gradients, self.rows).sum(dim=1) if len(x) != self.rows else gradients
-
-    def _one(self, x: Tensor, g: Tensor) -> Tensor:
         geometry = self._geometry
-        # The library's own weight gradient of a batch of one: no unfolded copy of the input.
-        return torch.ops.aten.convolution_backward(
-            g,
-            x,
-            x.new_empty(1).expand(self._weight_shape),
-            None,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.output_padding is not None,
-            geometry.output_padding or (0,) * len(geometry.kernel),
-            geometry.groups,
-            (False, True, False),
-        )[1]
+        x, g = multiplied(self.saved, g)
+        if geometry.is_pointwise and geometry.groups == 1:
+            return _summed(widened(g.flatten(2) @ x.flatten(2).mT), self.rows)
+        if x.is_cuda and self._can_sketch:
+            return _summed(widened(g.flatten(2) @ unfold(x, geometry).mT), self.rows)
+        return weight_gradients(x, g, self._weight_shape, geometry, self.rows)
 
     @property
     def _can_sketch(self) -> bool:
@@ -103,8 +86,44 @@ class ConvPart(Part):
         if not self._can_sketch:
             return super().sketch(g, layer)
         x, unfolded = (self.saved, self._unfolded) if self._shrunk else self._seen(layer)
-        sketches = _contract(x, unfolded, g, layer.left, self._geometry)
-        return by_rows(sketches, self.rows).sum(dim=1) if len(x) != self.rows else sketches
+        return _contract(x, unfolded, g, layer.left, self._geometry, self.rows)
+
+
+def weight_gradients(
+    x: Float[Tensor, "n i *p"],
+    g: Float[Tensor, "n o *q"],
+    shape: tuple[int, ...],
+    geometry: ConvGeometry,
+    rows: int,
+) -> Float[Tensor, "b ..."]:
+    """Weight gradient of each of ``rows`` equal parts of a batch, float32 at least.
+
+    The library's own, of a part at a time: no unfolded copy of the input, and the more entries in a
+    row, the nearer to the speed of an ordinary backward pass.
+    """
+    weight = x.new_empty(1).expand(shape)
+    parts = [
+        torch.ops.aten.convolution_backward(
+            one_g,
+            one_x,
+            weight,
+            None,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.output_padding is not None,
+            geometry.output_padding or (0,) * len(geometry.kernel),
+            geometry.groups,
+            (False, True, False),
+        )[1]
+        for one_x, one_g in zip(x.tensor_split(rows), g.tensor_split(rows), strict=True)
+    ]
+    return widened(torch.stack(parts))
+
+
+def _summed(entries: Tensor, rows: int) -> Tensor:
+    """Sum over the entries of each row."""
+    return entries if len(entries) == rows else by_rows(entries, rows).sum(dim=1)
 
 
 def sketch_convolution(
@@ -125,7 +144,7 @@ def sketch_convolution(
     Source: LoGra (arXiv:2405.13954) for linear layers; the convolution is ours.
     """
     seen, unfolded = _sketch_input(x, right, taps, geometry)
-    return _contract(seen, unfolded, g, left, geometry)
+    return _contract(seen, unfolded, g, left, geometry, len(x))
 
 
 def _sketch_input(
@@ -136,28 +155,43 @@ def _sketch_input(
         return x, False
     right = right.to(x.device, x.dtype)
     if taps > 1 or geometry.is_pointwise:
-        return widened(right @ x.flatten(2)).unflatten(2, x.shape[2:]), False
+        return (right @ x.flatten(2)).unflatten(2, x.shape[2:]), False
     weight = right.reshape(len(right), x.shape[1], *geometry.kernel)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
     sketched = convolve(
         x, weight, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation
     )
-    return widened(sketched.flatten(2)), True
+    return sketched.flatten(2), True
 
 
 def _contract(
-    x: Tensor, unfolded: bool, g: Tensor, left: Tensor | None, geometry: ConvGeometry
+    x: Tensor, unfolded: bool, g: Tensor, left: Tensor | None, geometry: ConvGeometry, rows: int
 ) -> Tensor:
-    """Sum over positions of outer products of (sketched) output gradients and inputs."""
-    x = x if unfolded else widened(unfold(x, geometry))
-    g = g.flatten(2)
+    """Sum over positions and entries of outer products of (sketched) output gradients and inputs."""
+    x, g = multiplied(x, g)
     if left is None:
-        return widened(g) @ x.mT
-    left = left.to(g.device, g.dtype)
-    small, large, columns = len(left), left.shape[1], x.shape[1]
+        return _products(x, unfolded, g, geometry, rows)
+    left = left.to(g.device)
+    small, large = left.shape
+    columns = x.shape[1] * (1 if unfolded else prod(geometry.kernel))
     if large * columns <= small * (large + columns):
-        return left.to(x.dtype) @ (widened(g) @ x.mT)
-    return widened(left @ g) @ x.mT
+        wide = _products(x, unfolded, g, geometry, rows)
+        return left.to(wide.dtype) @ wide
+    mixed = (left.to(g.dtype) @ g.flatten(2)).unflatten(2, g.shape[2:])
+    return _products(x, unfolded, mixed, geometry, rows)
+
+
+def _products(
+    x: Tensor, unfolded: bool, g: Tensor, geometry: ConvGeometry, rows: int
+) -> Float[Tensor, "b o columns"]:
+    entries = len(x) // rows
+    if not unfolded and not geometry.is_pointwise and x.device.type == "cpu":
+        size = x[0].numel() * prod(geometry.kernel) * len(x) * x.element_size()
+        if entries >= FEW_ENTRIES or size > LARGE_ARRAY:
+            shape = (g.shape[1], x.shape[1], *geometry.kernel)
+            return weight_gradients(x, g, shape, geometry, rows).flatten(2)
+    x = x if unfolded else unfold(x, geometry)
+    return _summed(widened(g.flatten(2) @ x.mT), rows)
 
 
 def unfold(x: Float[Tensor, "b i *p"], geometry: ConvGeometry) -> Float[Tensor, "b i_kernel q"]:

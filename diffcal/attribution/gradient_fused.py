@@ -40,7 +40,9 @@ class FusedGradients(PerSampleGradients):
     With a factorised projector (alone or followed by another), activations are sketched in the
     forward pass and output gradients in the backward pass, and no gradient of a weight matrix is
     ever formed. With any other projector, each layer's per-sample gradient is formed, projected and
-    dropped. Rows of a batch may be any mix of samples and timesteps.
+    dropped. Entries of a batch may be any mix of samples and timesteps. Under half precision autocast
+    products for a layer's gradient or sketch are of half precision numbers, summed in float32 and
+    rounded once, as autograd's own weight gradients are.
 
     The first batch checks two of its rows against ``torch.autograd``, parameter by parameter, so
     that a use which the taps cannot see (inside compiled code, say) is never skipped in silence.
@@ -93,11 +95,11 @@ class FusedGradients(PerSampleGradients):
             self._layers = dict(zip(self.layout.names, factorised.layers, strict=True))
         self._device = torch.device("cpu")
 
-    def _compute(self, inputs: tuple[Tensor, ...]) -> GradientBatch:
+    def _compute(self, inputs: tuple[Tensor, ...], entries: int) -> GradientBatch:
         if self._to_check:
-            self._check(tuple(t[:2] if len(t) > 1 else torch.cat([t, t]) for t in inputs))
+            self._check(tuple(_two_rows(tensor, entries) for tensor in inputs))
             self._to_check = False
-        return self._run(inputs)
+        return self._run(inputs, entries)
 
     def _layers_here(self) -> dict[str, LayerSketch]:
         """Sketches by parameter, their factors on the parameters' device (moved once)."""
@@ -107,9 +109,9 @@ class FusedGradients(PerSampleGradients):
             self._device = device
         return self._layers
 
-    def _run(self, inputs: tuple[Tensor, ...]) -> GradientBatch:
+    def _run(self, inputs: tuple[Tensor, ...], entries: int) -> GradientBatch:
         while True:
-            sums = _Sums(len(inputs[0]), self)
+            sums = _Sums(len(inputs[0]) // entries, self)
             try:
                 values, extras = self._pass(inputs, sums)
             except _ChangedInPlace as changed:
@@ -118,7 +120,7 @@ class FusedGradients(PerSampleGradients):
             break
         if self.slow_parameters:
             slow = {name: self.parameters[name] for name in self.slow_parameters}
-            gradients, _, _ = vmap_gradients(self.module, self.objective, slow, inputs)
+            gradients, _, _ = vmap_gradients(self.module, self.objective, slow, inputs, entries)
             for name, gradient in gradients.items():
                 sums.add(name, gradient)
         return sums.finish(values, extras)
@@ -127,7 +129,7 @@ class FusedGradients(PerSampleGradients):
         self, inputs: tuple[Tensor, ...], sums: "_Sums", weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         fast = {n: p for n, p in self.parameters.items() if n not in self.slow_parameters}
-        taps = Taps(fast, len(inputs[0]), sums.listen, sums.prepare)
+        taps = Taps(fast, sums.rows, len(inputs[0]), sums.listen, sums.prepare)
         with requiring_grad(self.module, {}):
             with taps:
                 values, extras = self.objective(*inputs)
@@ -153,7 +155,7 @@ class FusedGradients(PerSampleGradients):
         self.slow_parameters.update(fresh)
 
     def _check(self, pair: tuple[Tensor, ...]) -> None:
-        """Compare the gradient of the first of two rows with autograd's, parameter by parameter."""
+        """Compare what the first entry adds to two rows with autograd, parameter by parameter."""
         pair = tuple(
             t.detach().requires_grad_() if t.is_floating_point() else t.detach() for t in pair
         )
@@ -165,12 +167,14 @@ class FusedGradients(PerSampleGradients):
             # Before rows are compared: what is not a number differs from everything.
             require_finite(gradient, "per-sample gradients")
         wanted, by_input = found[: len(self.parameters)], found[len(self.parameters) :]
-        if any(bool(gradient[1].any()) for gradient in by_input):
+        if any(bool(gradient[1:].any()) for gradient in by_input):
             raise ConfigError(
                 f"rows of a batch influence each other in {type(self.module).__name__}: its "
                 "per-sample gradients are not defined"
             )
-        seen = self._blocks(tuple(t.detach() for t in pair), values.detach().new_tensor([1.0, 0.0]))
+        first = torch.zeros_like(values.detach())
+        first[0] = 1
+        seen = self._blocks(tuple(t.detach() for t in pair), first)
         half = values.dtype not in (torch.float32, torch.float64)
         tolerance = _CHECK_HALF if half or getattr(self.objective, "is_half", False) else _CHECK
         # What is nothing but rounding (a bias before a norm) has no direction to compare.
@@ -190,9 +194,9 @@ class FusedGradients(PerSampleGradients):
         self._hand_over(bad)
 
     def _blocks(self, inputs: tuple[Tensor, ...], weights: Tensor) -> dict[str, Tensor]:
-        """Whole gradients of weighted rows, by parameter."""
+        """Whole gradients of two rows of weighted entries, by parameter."""
         while True:
-            seen = _Blocks(len(inputs[0]), self)
+            seen = _Blocks(2, self)
             try:
                 self._pass(inputs, seen, weights)
             except _ChangedInPlace as changed:
@@ -205,6 +209,12 @@ _NAMED = 6  # parameters that a message lists
 _CHECK = 1e-3  # largest relative error of a parameter's gradient in the check of the first batch
 _CHECK_HALF = 5e-2
 _CHECK_FLOOR = 1e-2  # and in units of that error of the largest parameter's
+
+
+def _two_rows(tensor: Tensor, entries: int) -> Tensor:
+    """Up to two entries of each of the first two rows, of one row twice if it is alone."""
+    rows = tensor.unflatten(0, (-1, entries))[:2, :2]
+    return (rows if len(rows) > 1 else torch.cat([rows, rows])).flatten(0, 1)
 
 
 def _moved(layer: LayerSketch, device: torch.device) -> LayerSketch:

@@ -19,12 +19,12 @@ __all__ = ["LoopGradients"]
 class LoopGradients(PerSampleGradients):
     """The oracle: each row by itself through ``torch.autograd.grad``. Slow, and hard to get wrong."""
 
-    def _compute(self, inputs: tuple[Tensor, ...]) -> GradientBatch:
+    def _compute(self, inputs: tuple[Tensor, ...], entries: int) -> GradientBatch:
         names, leaves = list(self.parameters), list(self.parameters.values())
         gradients, values, extras = [], [], []
         with requiring_grad(self.module, self.parameters):
-            for row in range(len(inputs[0])):
-                value, extra = self.objective(*(tensor[row : row + 1] for tensor in inputs))
+            for start in range(0, len(inputs[0]), entries):
+                value, extra = self.objective(*(t[start : start + entries] for t in inputs))
                 gradients.append(
                     torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
                     if value.requires_grad
@@ -32,7 +32,7 @@ class LoopGradients(PerSampleGradients):
                 )
                 values.append(value.detach())
                 extras.append(extra.detach())
-        sums = RowSums(len(inputs[0]), self)
+        sums = RowSums(len(gradients), self)
         for index, name in enumerate(names):
             sums.add(name, torch.stack([gradient[index] for gradient in gradients]))
         return sums.finish(torch.cat(values), torch.cat(extras))

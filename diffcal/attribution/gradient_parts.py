@@ -23,8 +23,12 @@ __all__ = [
     "Part",
     "TablePart",
     "by_rows",
+    "multiplied",
+    "wide_type",
     "widened",
 ]
+
+PIECE = 1 << 18  # numbers that a CPU takes at once, so that they stay in its cache
 
 
 def by_rows(tensor: Tensor, rows: int) -> Tensor:
@@ -112,8 +116,8 @@ class OuterPart(Part):
         return (a, g) if self._transposed else (g, a)
 
     def exact(self, g: Tensor) -> Tensor:
-        left, right = _same(*self._sides(g))
-        return left.mT @ right
+        left, right = multiplied(*self._sides(g))
+        return widened(left.mT @ right)
 
     def _factor(self, layer: LayerSketch, of_input: bool) -> Tensor | None:
         return layer.left if of_input == self._transposed else layer.right
@@ -128,17 +132,16 @@ class OuterPart(Part):
         if not self._shrunk:
             a = _mix(self._positions(a), self._factor(layer, of_input=True))
         g = _mix(self._positions(g), self._factor(layer, of_input=False))
-        left, right = (a, g) if self._transposed else (g, a)
-        left, right = _same(left, right)
-        return left.mT @ right
+        left, right = multiplied(*((a, g) if self._transposed else (g, a)))
+        return widened(left.mT @ right)
 
     def squared_norm(self, g: Tensor) -> Tensor:
-        left, right = _same(*self._sides(g))
+        left, right = multiplied(*self._sides(g))
         positions, o, i = left.shape[1], left.shape[2], right.shape[2]
         # sum_st (l_s . l_t)(r_s . r_t) needs s^2 (o + i) products, the gradient itself s o i.
         if positions * (o + i) >= o * i:
-            return (left.mT @ right).flatten(1).square().sum(dim=1)
-        return ((left @ left.mT) * (right @ right.mT)).flatten(1).sum(dim=1)
+            return widened(left.mT @ right).flatten(1).square().sum(dim=1)
+        return (widened(left @ left.mT) * widened(right @ right.mT)).flatten(1).sum(dim=1)
 
 
 class BroadcastPart(Part):
@@ -161,15 +164,19 @@ class BroadcastPart(Part):
         self._viewed = viewed
 
     def exact(self, g: Tensor) -> Tensor:
-        g = widened(g)
         if self._saved is not None:
-            g = g * widened(self.saved)
+            g = widened(g) * widened(self.saved)
         g = by_rows(g, self.rows)
         # Axes of the output, counted from the end, over which the parameter was repeated.
         inner = g.ndim - 1
         viewed = (1,) * (inner - len(self._viewed)) + self._viewed
         axes = [axis + 1 for axis in range(inner) if viewed[axis] == 1]
-        return g.sum(dim=axes) if axes else g
+        # The last ones first, in the gradient's own format: a widened copy of all of it would cost
+        # more than the sum.
+        last = [axis for axis in axes if all(a in axes for a in range(axis, g.ndim))]
+        first = [axis for axis in axes if axis not in last]
+        g = widened(g.sum(dim=last) if last else g)
+        return g.sum(dim=first) if first else g
 
 
 class NormScalePart(Part):
@@ -226,11 +233,14 @@ class GroupScalePart(Part):
 
     def exact(self, g: Tensor) -> Tensor:
         groups, x = self._mean.shape[1], self.saved
-        # On a CPU row by row: a product of the whole batch is a large fresh array, and its memory
-        # pages cost more than the arithmetic.
-        pairs = zip(g, x, strict=True) if g.device.type == "cpu" else [(g, x)]
-        with_input = torch.cat([_over_positions(a * b, x.ndim - 2) for a, b in pairs])
-        alone = _over_positions(g, x.ndim - 2)
+        # On a CPU in pieces that stay in cache.
+        size = max(1, PIECE // x[0].numel()) if g.device.type == "cpu" else len(x)
+        pairs = zip(g.split(size), x.split(size), strict=True)
+        axes, wide = x.ndim - 2, wide_type(g)
+        with_input = torch.cat(
+            [_over_positions(widened(a) * widened(b), axes, wide) for a, b in pairs]
+        )
+        alone = _over_positions(g, axes, wide)
         with_input, alone = (t.reshape(len(x), groups, -1) for t in (with_input, alone))
         product = self._inverse_std[..., None] * (with_input - self._mean[..., None] * alone)
         return by_rows(product.flatten(1), self.rows).sum(dim=1)
@@ -282,23 +292,34 @@ class TablePart(Part):
         return ((g @ g.mT) * same).flatten(1).sum(dim=1)
 
 
-def _over_positions(tensor: Tensor, axes: int) -> Tensor:
+def _over_positions(tensor: Tensor, axes: int, dtype: torch.dtype) -> Tensor:
     """Sum over the last ``axes`` axes."""
-    return tensor.sum(dim=tuple(range(-axes, 0))) if axes else tensor
+    return tensor.sum(dim=tuple(range(-axes, 0)), dtype=dtype) if axes else tensor.to(dtype)
+
+
+def wide_type(tensor: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def widened(tensor: Tensor) -> Tensor:
     """Half precision as float32; float32 and float64 as they are."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    return tensor.to(wide_type(tensor))
 
 
-def _same(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(widened(left).dtype, widened(right).dtype)
+def multiplied(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors of a product in the format in which it is taken: bfloat16 if both are, else wide.
+
+    float16 would overflow: it is widened.
+    """
+    if left.dtype == right.dtype == torch.bfloat16:
+        return left, right
+    dtype = torch.promote_types(wide_type(left), wide_type(right))
     return left.to(dtype), right.to(dtype)
 
 
 def _mix(positions: Tensor, factor: Tensor | None) -> Tensor:
-    """The last axis times a factor, multiplied in the activation's format and summed in float32."""
+    """The last axis times a factor, in the activation's format."""
     if factor is None:
         return positions
-    return widened(positions @ factor.to(positions.device, positions.dtype).mT)
+    return positions @ factor.to(positions.device, positions.dtype).mT

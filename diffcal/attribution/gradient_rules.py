@@ -44,6 +44,9 @@ def _linear(taps: Taps, args: Any, kwargs: Any) -> tuple[Tensor, list[Part]]:
     x = taps.activation(x)
     if x.ndim < 2 or weight.ndim != 2:
         raise UnsupportedUse
+    x = _as_multiplied(x)
+    if x.dtype == torch.bfloat16:
+        x = x.contiguous()  # torch multiplies anything else image by image
     output = F.linear(x, weight, bias)
     parts = _bias(taps, bias, 0)
     if alias := taps.alias(weight):
@@ -59,6 +62,7 @@ def _product(taps: Taps, args: Any, kwargs: Any) -> tuple[Tensor, list[Part]]:
     alias = taps.alias(weight)
     if alias is None or x.ndim < 2 or weight.ndim != 2:
         raise UnsupportedUse
+    x = _as_multiplied(x)
     output = x @ weight
     return output, [_outer(alias, x.detach(), output, taps.rows, transposed=True)]
 
@@ -69,6 +73,14 @@ def _outer(alias: Alias, x: Tensor, output: Tensor, rows: int, transposed: bool)
     part = OuterPart(alias.name, alias.shape, x, rows, transposed)
     part.is_sketchable = alias.keeps_rows
     return part
+
+
+def _as_multiplied(x: Tensor) -> Tensor:
+    """As autocast hands it to a product: rounded once, for the product and for its part."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -90,6 +102,7 @@ def _convolution(taps: Taps, args: Any, kwargs: Any) -> tuple[Tensor, list[Part]
     axes = weight.ndim - 2
     if x.ndim != weight.ndim:
         raise UnsupportedUse
+    x = _as_multiplied(x)
     dilation, stride = _each(dilation, axes), _each(stride, axes)
     kernel = tuple(weight.shape[2:])
     if padding == "same":
@@ -121,6 +134,7 @@ def _transposed_convolution(taps: Taps, args: Any, kwargs: Any) -> tuple[Tensor,
     axes = weight.ndim - 2
     if x.ndim != weight.ndim:
         raise UnsupportedUse
+    x = _as_multiplied(x)
     stride, padding, extra, dilation = (
         _each(value, axes) for value in (stride, padding, output_padding, dilation)
     )
@@ -168,13 +182,8 @@ def _group_norm(taps: Taps, args: Any, kwargs: Any) -> tuple[Tensor, list[Part]]
     x, groups, weight, bias, eps = _bind("input num_groups weight bias eps", args, kwargs, eps=1e-5)
     x = taps.activation(x)
     alias = taps.alias(weight)
-    full = x.dtype in (torch.float32, torch.float64)
-    if (
-        alias is not None
-        and full
-        and x.is_contiguous()
-        and not torch.is_autocast_enabled(x.device.type)
-    ):
+    # A CPU's kernel takes activations of half precision with the norm's own float32 numbers.
+    if alias is not None and x.is_contiguous() and _like_autocast(x, alias.tensor):
         # The operation inside F.group_norm, for the statistics that it also gives.
         sizes = (len(x), x.shape[1], x[0, 0].numel())
         output, mean, inverse_std = torch.native_group_norm(
@@ -187,6 +196,13 @@ def _group_norm(taps: Taps, args: Any, kwargs: Any) -> tuple[Tensor, list[Part]]
     return _normalisation(
         taps, x, output, weight, bias, lambda t: F.group_norm(t, groups, eps=eps), 1
     )
+
+
+def _like_autocast(x: Tensor, weight: Tensor) -> bool:
+    """Whether a group norm's own operation gives what ``F.group_norm`` would."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    return x.device.type == "cpu" and weight.dtype == torch.float32 and x.dtype != torch.float16
 
 
 @rule(F.layer_norm)

@@ -20,11 +20,11 @@ _NAMED = 6  # parameters that a message lists
 class VmapGradients(PerSampleGradients):
     """``vmap(grad)`` over rows, as TRAK and D-TRAK do; holds the whole gradients of a batch."""
 
-    def _compute(self, inputs: tuple[Tensor, ...]) -> GradientBatch:
+    def _compute(self, inputs: tuple[Tensor, ...], entries: int) -> GradientBatch:
         gradients, values, extras = vmap_gradients(
-            self.module, self.objective, self.parameters, inputs
+            self.module, self.objective, self.parameters, inputs, entries
         )
-        sums = RowSums(len(inputs[0]), self)
+        sums = RowSums(len(inputs[0]) // entries, self)
         for name in self.parameters:
             sums.add(name, gradients.pop(name))
         return sums.finish(values, extras)
@@ -35,8 +35,10 @@ def vmap_gradients(
     objective: Objective,
     parameters: Mapping[str, nn.Parameter],
     inputs: tuple[Tensor, ...],
+    entries: int = 1,
 ) -> tuple[dict[str, Float[Tensor, "b *shape"]], Tensor, Tensor]:
-    """(gradients by name, values, extras) of every row; the other parameters are constants.
+    """(gradients by name of every row, values, extras of every entry); the other parameters are
+    constants.
 
     Raises:
         ConfigError: the network does something that ``torch.func`` cannot vectorise.
@@ -46,8 +48,8 @@ def vmap_gradients(
 
     def one_row(chosen: dict[str, Tensor], *row: Tensor) -> tuple[Tensor, Any]:
         named = {f"module.{name}": tensor for name, tensor in chosen.items()}
-        value, extra = torch.func.functional_call(runner, named, tuple(t[None] for t in row))
-        return value[0], (value[0], extra[0])
+        values, extras = torch.func.functional_call(runner, named, row)
+        return values.sum(), (values, extras)
 
     before = [(p, p.requires_grad) for p in module.parameters()]
     try:
@@ -57,7 +59,7 @@ def vmap_gradients(
         with sdpa_kernel(SDPBackend.MATH):
             gradients, (values, extras) = torch.func.vmap(
                 torch.func.grad(one_row, has_aux=True), in_dims=(None, *(0 for _ in inputs))
-            )(leaves, *inputs)
+            )(leaves, *(tensor.unflatten(0, (-1, entries)) for tensor in inputs))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # what torch raises for operations without a batching rule
@@ -69,7 +71,7 @@ def vmap_gradients(
     finally:
         for p, required in before:
             p.requires_grad_(required)
-    return gradients, values.detach(), extras.detach()
+    return gradients, values.detach().flatten(0, 1), extras.detach().flatten(0, 1)
 
 
 class _Runner(nn.Module):

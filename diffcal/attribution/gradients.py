@@ -41,16 +41,18 @@ class GradientBatch:
     """Projected gradients (whole ones where no projector was given), float32 or float64."""
     norms: Float[Tensor, " b"]
     """L2 norm of each whole gradient, or of its projection where ``norms`` is ``projected``."""
-    values: Float[Tensor, " b"]
-    """The differentiated numbers."""
-    extras: Shaped[Tensor, "b ..."]
-    """What else the objective gave for each row."""
+    values: Float[Tensor, " e"]
+    """The differentiated numbers, of every entry."""
+    extras: Shaped[Tensor, "e ..."]
+    """What else the objective gave for each entry."""
 
 
 class PerSampleGradients(ABC):
     """Gradient of every row's own number with respect to chosen parameters.
 
-    A call with the tensors of one batch returns a :class:`GradientBatch`. The coordinates of a
+    A call with the tensors of one batch returns a :class:`GradientBatch`. Several entries may make one
+    row, an image at several timesteps say: its gradient, of the sum of their numbers, is then formed
+    and projected once. The coordinates of a
     gradient are the parameters in the given order, each flattened row by row (``layout``). The
     module's parameters, their ``requires_grad`` and ``grad`` are left as they were.
 
@@ -99,23 +101,30 @@ class PerSampleGradients(ABC):
         wide = any(p.dtype == torch.float64 for p in parameters.values())
         self.dtype = torch.float64 if wide else torch.float32
 
-    def __call__(self, *inputs: Tensor) -> GradientBatch:
-        """Gradients of a batch; every input has the rows as its first axis."""
-        rows = {len(tensor) for tensor in inputs}
-        if len(rows) != 1:
-            raise ConfigError(f"inputs have different numbers of rows: {sorted(rows)}")
+    def __call__(self, *inputs: Tensor, entries: int = 1) -> GradientBatch:
+        """Gradients of a batch.
+
+        Args:
+            inputs: Each has the entries of all rows as its first axis, row after row.
+            entries: How many make a row.
+        """
+        lengths = {len(tensor) for tensor in inputs}
+        if len(lengths) != 1:
+            raise ConfigError(f"inputs have different numbers of rows: {sorted(lengths)}")
+        if entries < 1 or min(lengths) % entries:
+            raise ConfigError(f"{min(lengths)} entries are no rows of {entries}")
         coupled = _batch_coupled(self.module)
         if coupled:
             raise ConfigError(
                 f"'{coupled}' uses statistics of the batch, so rows have no gradients of their own: "
                 "put the module into evaluation mode"
             )
-        batch = self._compute(tuple(tensor.detach() for tensor in inputs))
+        batch = self._compute(tuple(tensor.detach() for tensor in inputs), entries)
         require_finite(batch.vectors, "per-sample gradients")
         return batch
 
     @abstractmethod
-    def _compute(self, inputs: tuple[Tensor, ...]) -> GradientBatch: ...
+    def _compute(self, inputs: tuple[Tensor, ...], entries: int) -> GradientBatch: ...
 
 
 class RowSums:

@@ -7,7 +7,14 @@ import pytest
 import torch
 from gradient_models import edm, tiny_unet, unet
 
-from diffcal.attribution.gradient_conv import ConvGeometry, ConvPart, sketch_convolution, unfold
+from diffcal.attribution import gradient_conv
+from diffcal.attribution.gradient_conv import (
+    LARGE_ARRAY,
+    ConvGeometry,
+    ConvPart,
+    sketch_convolution,
+    unfold,
+)
 from diffcal.attribution.gradient_parts import BroadcastPart, OuterPart, TablePart
 from diffcal.attribution.noise import attribution_noise
 from diffcal.attribution.parameters import Layout, select_parameters
@@ -60,7 +67,10 @@ def test_golden_convolution():
     torch.testing.assert_close(part.sketch(g, layer), projected, rtol=1e-7, atol=1e-7)
 
 
-def test_sketch_that_keeps_kernel_positions_apart():
+@pytest.mark.parametrize("limit", [0, LARGE_ARRAY])
+def test_sketch_that_keeps_kernel_positions_apart(limit, monkeypatch):
+    # Large inputs go through the library's weight gradient, small ones through a batched product.
+    monkeypatch.setattr(gradient_conv, "LARGE_ARRAY", limit)
     generator = torch.Generator().manual_seed(0)
     x, g, left, right = (
         torch.randn(shape, generator=generator, dtype=torch.float64)

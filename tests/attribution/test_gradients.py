@@ -18,6 +18,7 @@ from gradient_models import (
 )
 from torch import nn
 
+from diffcal.attribution.featurise import FeatureConfig, Featuriser
 from diffcal.attribution.gradient_fused import FusedGradients
 from diffcal.attribution.gradient_loop import LoopGradients
 from diffcal.attribution.gradient_vmap import VmapGradients
@@ -74,6 +75,49 @@ def test_three_ways_agree(name):
         if size > 1e-4 * loop.vectors.norm():
             assert (block - wanted[parameter]).norm() < 1e-4 * size, parameter
     assert all(p.requires_grad and p.grad is None for p in parameters.values())
+
+
+@pytest.mark.parametrize("kind", ["identity", "factorised", "sjlt"])
+@pytest.mark.parametrize("name", ["ncsn++", "unet", "dit"])
+def test_rows_of_several_entries(name, kind):
+    """An image at several timesteps: the gradient of their sum, three ways."""
+    denoiser = NETWORKS[name]()
+    objective, inputs = rows_of(denoiser, rows=10)
+    parameters = trainable(denoiser.module)
+    shapes = [tuple(p.shape) for p in parameters.values()]
+    projector = make_projector(ProjectionConfig(kind=kind, dim=256, factor_dim=6), shapes)
+    single = LoopGradients(denoiser.module, objective, parameters, projector)(*inputs)
+    wanted = single.vectors.unflatten(0, (2, 5)).sum(dim=1)
+    whole = LoopGradients(denoiser.module, objective, parameters)(*inputs, entries=5)
+    for method in (LoopGradients, VmapGradients, FusedGradients):
+        found = method(denoiser.module, objective, parameters, projector)(*inputs, entries=5)
+        close(found.vectors, wanted)
+        torch.testing.assert_close(found.norms, whole.vectors.norm(dim=1), rtol=2e-5, atol=0)
+        torch.testing.assert_close(found.values, single.values, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.extras, single.extras, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="10 entries are no rows of 4"):
+        LoopGradients(denoiser.module, objective, parameters)(*inputs, entries=4)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("kind", ["factorised_sjlt", "sjlt"])
+def test_half_precision_stays_near(kind, normalise):
+    """bfloat16 autocast of the network and of the products that make sketches: directions stay."""
+    half, full = unet("bfloat16"), unet()
+    config = FeatureConfig(
+        timesteps=5, normalise=normalise, projection=ProjectionConfig(kind=kind, dim=256)
+    )
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(4, *half.sample_shape, generator=generator) * 2 - 1
+    condition = half.condition(torch.eye(half.num_classes)[[0, 1, 0, 1]])
+    found, wanted = (
+        Featuriser(denoiser, config, unknown="refuse")(clean, range(4), condition).vectors
+        for denoiser in (half, full)
+    )
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, wanted)
+    cosine = torch.nn.functional.cosine_similarity(found, wanted)
+    assert float(cosine.min()) > 0.999, cosine
 
 
 @pytest.mark.parametrize(
