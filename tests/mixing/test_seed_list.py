@@ -24,9 +24,14 @@ def test_golden_seed_expressions():
 
 def test_golden_noise_of_seeds():
     case = json.loads((GOLDEN / "edm_nets.json").read_text("utf-8"))["rng"]
-    expected = load_file(GOLDEN / "edm_nets.safetensors")[case["latents"]]
-    for seed, latent in zip(case["seeds"], expected, strict=True):
+    tensors = load_file(GOLDEN / "edm_nets.safetensors")
+    drawn = zip(case["seeds"], tensors[case["latents"]], tensors[case["class_index"]], strict=True)
+    for seed, latent, index in drawn:
         assert torch.equal(initial_noise(seed, tuple(latent.shape)), latent)
+        # EDM's commands go on with the same generator to draw a class: it is the whole seed's.
+        generator = torch.Generator().manual_seed(seed)
+        torch.randn(latent.shape, generator=generator)
+        assert int(torch.randint(10, (), generator=generator)) == int(index)
 
 
 @pytest.mark.parametrize(
