@@ -71,26 +71,28 @@ def _parser() -> argparse.ArgumentParser:
     quick.add_argument("--overwrite", action="store_true", help="start again in a used folder")
 
     csm = _group(commands, "csm", "generate and annotate images that lie between classes")
-    _run_flags(
-        _add(csm, "run", "plan, generate, annotate, publish", _csm_run),
-        presets=("digits", "cifar10"),
-    )
-    _run_flags(
-        _add(csm, "generate", "only generate (resumes)", _csm_generate),
-        presets=("digits", "cifar10"),
-    )
+    csm_flags: dict[str, Any] = {
+        "presets": ("digits", "cifar10"),
+        "example": "generate.plan.groups=100",
+        "seed": "short for --set generate.seed=N",
+    }
+    _run_flags(_add(csm, "run", "plan, generate, annotate, publish", _csm_run), **csm_flags)
+    _run_flags(_add(csm, "generate", "only generate (resumes)", _csm_generate), **csm_flags)
     annotate = _add(
         csm, "annotate", "annotate generated images again, without regenerating", _annotate
     )
     annotate.add_argument("run", type=Path, help="folder of diffcal csm")
     annotate.add_argument("--overwrite", action="store_true", help="replace other settings' labels")
-    _config_flags(annotate, presets=("digits", "cifar10"))
+    _config_flags(annotate, ("digits", "cifar10"), example="annotation.name=again", seed=None)
+    _device_flag(annotate)
     publish = _add(csm, "publish", "write the soft-labelled data set of a run", _publish)
     publish.add_argument("run", type=Path, help="folder of diffcal csm")
     publish.add_argument(
         "--overwrite", action="store_true", help="replace other settings' data set"
     )
-    _config_flags(publish, presets=("digits", "cifar10"))
+    _config_flags(
+        publish, ("digits", "cifar10"), example="filter.require_endpoints=true", seed=None
+    )
     export = _add(
         csm, "export-webdataset", "convert a published data set to tar shards", _webdataset
     )
@@ -114,7 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     index.add_argument("--data", help="its training images; short for --set data.name=")
     _run_flags(
-        index, methods, seed="short for --set features.noise_seed=N and features.projection.seed=N"
+        index,
+        methods,
+        example="features.projection.dim=1024",
+        seed="short for --set features.noise_seed=N and features.projection.seed=N",
     )
     score = _add(das, "score", "most influential training images of each query", _das_score)
     score.add_argument("--index", type=Path, required=True, help="folder of diffcal das index")
@@ -146,12 +151,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="override, as scores.readout=signed",
     )
-    score.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    _device_flag(score)
     score.add_argument("--overwrite", action="store_true", help="replace other scores there")
     score.add_argument("--dry-run", action="store_true", help="print the settings and stop")
     _run_flags(
         _add(das, "lds", "train on random subsets and see whether scores predict it", _das_lds),
         presets=("digits",),
+        example="subsets.count=16",
     )
     counterfactual = _add(
         das,
@@ -169,7 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     counterfactual.add_argument("--remove", type=int, help="short for --set remove=N")
     _run_flags(
-        counterfactual, ("digits",), seed="of noise and random removals; short for --set seed=N"
+        counterfactual,
+        ("digits",),
+        example="training.optimizer.steps=300",
+        seed="of noise and random removals; short for --set seed=N",
     )
     explain = _add(das, "explain", "a page with some queries and the images behind them", _explain)
     explain.add_argument("scores", type=Path, help="folder of diffcal das score")
@@ -182,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     _run_flags(
         _add(commands, "train-diffusion", "train a class-conditional denoiser", _train_diffusion),
         presets=("digits", "cifar10"),
+        example="optimizer.steps=1000",
     )
     _run_flags(
         _add(
@@ -191,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
             _train_classifier,
         ),
         presets=("digits", "cifar10"),
+        example="classifier.epochs=10",
     )
 
     checkpoints = _group(commands, "checkpoints", "model files")
@@ -264,43 +275,51 @@ def _group_flags(parser: argparse.ArgumentParser) -> None:
 
 def _config_flags(
     parser: argparse.ArgumentParser,
-    presets: tuple[str, ...] = (),
-    seed: str = "short for --set seed=N",
+    presets: tuple[str, ...],
+    *,
+    example: str,
+    seed: str | None = "short for --set seed=N",
 ) -> None:
-    names = f"one of {', '.join(presets)}; settings come from it first" if presets else "preset"
+    names = f"one of {', '.join(presets)}; settings come from it first"
     parser.add_argument("--preset", help=names)
     parser.add_argument("--config", type=Path, help="TOML file with settings")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override, as plan.groups=100",
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override, as {example}"
     )
-    parser.add_argument("--seed", type=int, help=seed)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    if seed is not None:
+        parser.add_argument("--seed", type=int, help=seed)
     parser.add_argument("--dry-run", action="store_true", help="print the settings and stop")
+
+
+def _device_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
 def _run_flags(
     parser: argparse.ArgumentParser,
-    presets: tuple[str, ...] = (),
+    presets: tuple[str, ...],
+    *,
+    example: str,
     seed: str = "short for --set seed=N",
 ) -> None:
-    _config_flags(parser, presets, seed)
+    _config_flags(parser, presets, example=example, seed=seed)
+    _device_flag(parser)
     parser.add_argument(
         "--out", type=Path, required=True, help="output folder; resumes what it holds"
     )
     parser.add_argument("--overwrite", action="store_true", help="discard what the folder holds")
 
 
-def _build(cls: type, args: argparse.Namespace, kind: str) -> Any:
-    """Config of ``cls`` from ``presets/KIND-NAME.toml``, ``--config`` and the overrides."""
+def _build(cls: type, args: argparse.Namespace, kind: str, seed: str = "seed") -> Any:
+    """Config of ``cls`` from ``presets/KIND-NAME.toml``, ``--config`` and the overrides.
+
+    ``seed`` is the setting that ``--seed`` is short for.
+    """
     from diffcal.workflows.preset_files import preset_config
 
     overrides = list(args.set)
-    if args.seed is not None:
-        overrides.append(f"seed={args.seed}")
+    if getattr(args, "seed", None) is not None:
+        overrides.append(f"{seed}={args.seed}")
     return preset_config(cls, kind, args.preset, overrides, file=args.config)
 
 
@@ -319,7 +338,7 @@ def _quickstart(args: argparse.Namespace) -> Any:
 def _csm_run(args: argparse.Namespace) -> Any:
     from diffcal.workflows.csm import CsmConfig, run_csm
 
-    config = _build(CsmConfig, args, "csm")
+    config = _build(CsmConfig, args, "csm", "generate.seed")
     if args.dry_run:
         return _dry(config)
     return run_csm(config, args.out, device=args.device, overwrite=args.overwrite)
@@ -328,7 +347,7 @@ def _csm_run(args: argparse.Namespace) -> Any:
 def _csm_generate(args: argparse.Namespace) -> Any:
     from diffcal.workflows.csm import CsmConfig, run_generation
 
-    config = _build(CsmConfig, args, "csm")
+    config = _build(CsmConfig, args, "csm", "generate.seed")
     if args.dry_run:
         return _dry(config)
     return run_generation(config, args.out, device=args.device, overwrite=args.overwrite)
@@ -337,7 +356,7 @@ def _csm_generate(args: argparse.Namespace) -> Any:
 def _annotate(args: argparse.Namespace) -> Any:
     from diffcal.workflows.csm import CsmConfig, run_annotation
 
-    config = _build(CsmConfig, args, "csm")
+    config = _build(CsmConfig, args, "csm", "generate.seed")
     if args.dry_run:
         return _dry(config)
     return run_annotation(config, args.run, device=args.device, overwrite=args.overwrite)
@@ -346,7 +365,7 @@ def _annotate(args: argparse.Namespace) -> Any:
 def _publish(args: argparse.Namespace) -> Any:
     from diffcal.workflows.csm import CsmConfig, run_publication
 
-    config = _build(CsmConfig, args, "csm")
+    config = _build(CsmConfig, args, "csm", "generate.seed")
     if args.dry_run:
         return _dry(config)
     return run_publication(config, args.run, overwrite=args.overwrite)

@@ -30,7 +30,7 @@ def config_from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -
     for key, value in values.items():
         path = f"{where}.{key}" if where else key
         if key not in names:
-            raise ConfigError(f"unknown setting '{path}'{_near(key, names)}")
+            raise ConfigError(f"unknown setting '{path}'{_near(key, names, cls, where)}")
         kwargs[key] = _convert(hints[key], value, path)
     try:
         return cls(**kwargs)
@@ -110,11 +110,32 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _near(key: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
-    if close:
-        return f"; did you mean {' or '.join(repr(name) for name in close)}?"
+def _near(key: str, names: Sequence[str], cls: type, where: str) -> str:
+    """What ``key`` may have meant: a setting of a section below, or one that is written alike."""
+    below = _paths(cls, f"{where}." if where else "")
+    meant = [path for path in below if path.endswith(f".{key}")][:3]
+    meant = meant or difflib.get_close_matches(key, names, n=3, cutoff=0.6)
+    if not meant:
+        leaves = {path.rsplit(".", 1)[-1]: path for path in reversed(below)}
+        close = difflib.get_close_matches(key, leaves, n=3, cutoff=0.75)
+        meant = [leaves[leaf] for leaf in close]
+    if meant:
+        return f"; did you mean {' or '.join(repr(name) for name in meant)}?"
     return f"; known settings: {', '.join(names)}"
+
+
+def _paths(cls: type, prefix: str) -> list[str]:
+    """Dotted names of the settings of ``cls`` and its sections, shallow ones first."""
+    hints = typing.get_type_hints(cls)
+    own, deeper = [], []
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if not field.init:
+            continue
+        own.append(prefix + field.name)
+        for hint in (hints[field.name], *typing.get_args(hints[field.name])):
+            if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+                deeper += _paths(hint, f"{prefix}{field.name}.")
+    return sorted(own + deeper, key=lambda path: path.count("."))
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 class ModelConfig:
     """Which diffusion model, and in which number format its network computes."""
 
-    source: str = "checkpoints/digits"
-    """Checkpoint folder of ours, diffusers folder, or hub name ``owner/name``."""
+    source: str = "bundled:digits"
+    """Checkpoint folder of ours, diffusers folder, hub name ``owner/name``, or ``bundled:NAME``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     options: dict[str, Any] = field(default_factory=dict)
     """For diffusers models: keywords of ``load_diffusers_denoiser``, for instance the prompts of a
