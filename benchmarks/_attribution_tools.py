@@ -38,6 +38,8 @@ class Problem:
     functional: str
     rho: float
     """Damping over the mean squared norm of a training feature."""
+    half: UNet2DDenoiser | None = None
+    """The same network in bfloat16 autocast, for the tools that are asked for it."""
 
     @property
     def network(self) -> nn.Module:
@@ -98,12 +100,15 @@ def run_diffcal(
     method: GradientMethod = "fused",
     normalise: bool = False,
     readout: str = "signed",
+    half: bool = False,
     batch_rows: int = 64,
 ) -> Solved:
     """The Python interface: a featuriser, a kernel, scores."""
+    denoiser = problem.half if half else problem.denoiser
+    assert denoiser is not None
     begin = time.process_time()
     featuriser = Featuriser(
-        problem.denoiser,
+        denoiser,
         problem.config(projection, normalise),
         method=method,
         batch_rows=batch_rows,
@@ -151,14 +156,20 @@ def batched_attention() -> AbstractContextManager[None]:
 # traker
 
 
-def run_traker(problem: Problem, dim: int, mean_square: float, batch: int) -> Solved:
+def run_traker(
+    problem: Problem, dim: int, mean_square: float, batch: int, seed: int, block: int | None = None
+) -> Solved:
     """``TRAKer`` with a model output of our own, float32, on the CPU, where it takes its block-wise
     normal projection (100 columns at a time, drawn again for every batch).
 
-    ``mean_square``: of the whole features' norms, for the damping.
+    Args:
+        mean_square: Of the whole features' norms, for the damping.
+        block: Give it its own projector with blocks of so many columns: where one block holds all, the
+            matrix is drawn once and kept.
     """
     import trak
     from trak.modelout_functions import AbstractModelOutput
+    from trak.projectors import BasicProjector, ProjectionType
 
     value = mean_output(problem)
 
@@ -176,12 +187,24 @@ def run_traker(problem: Problem, dim: int, mean_square: float, batch: int) -> So
     weights = problem.network.state_dict()
     with tempfile.TemporaryDirectory() as folder, batched_attention():
         begin = time.process_time()
+        projector = None
+        if block is not None:
+            projector = BasicProjector(
+                grad_dim=problem.num_params,
+                proj_dim=dim,
+                seed=seed,
+                proj_type=ProjectionType.normal,
+                device=torch.device("cpu"),
+                block_size=block,
+            )
         tool = trak.TRAKer(
             model=problem.network,
             task=MeanOutput(),
             train_set_size=len(problem.train),
             save_dir=folder,
             device="cpu",
+            projector=projector,
+            projector_seed=seed,
             proj_dim=dim,
             use_half_precision=False,
             lambda_reg=damping,
@@ -205,7 +228,9 @@ def run_traker(problem: Problem, dim: int, mean_square: float, batch: int) -> So
 # dattri
 
 
-def run_dattri(problem: Problem, dim: int, mean_square: float, kind: str, batch: int) -> Solved:
+def run_dattri(
+    problem: Problem, dim: int, mean_square: float, kind: str, batch: int, seed: int
+) -> Solved:
     """``TRAKAttributor`` with a projection that dattri offers on the CPU.
 
     Its probability function, which only scales scores, is a constant that costs nothing.
@@ -236,7 +261,7 @@ def run_dattri(problem: Problem, dim: int, mean_square: float, kind: str, batch:
             projector_kwargs={
                 "proj_dim": dim,
                 "proj_max_batch_size": 32,
-                "proj_seed": 0,
+                "proj_seed": seed,
                 "proj_type": kind,
                 "device": "cpu",
             },

@@ -7,24 +7,40 @@
 A small ``UNet2DModel`` is trained briefly on rows of the data (32x32; the bundled digits, enlarged, if
 no file is given), and training images 0 .. N-1 are attributed to held-out ones. Every tool takes the
 gradient of the same number, the mean over T timesteps of the mean of the network's output under noise
-that all images share, with the same relative damping, on one thread in float32, and gives signed
-scores. Each is timed from its constructor to its scores. ``fidelity`` compares with scores from whole
-gradients and a kernel in float64. Rounds go through all tools in turn; figures are medians over rounds
-of the process's own CPU seconds; ratios divide by a diffcal tool's seconds in the same round.
+that all images share, with the same relative damping, on one thread, and gives signed scores. Each is
+timed from its constructor to its scores. ``fidelity`` compares with scores from whole float32 gradients
+and a kernel in float64. Rounds go through all tools in turn, each round with its own seed of every
+tool's projection; seconds and ratios are medians over rounds of the process's own CPU seconds (ratios
+divide by a diffcal tool's seconds in the same round), fidelity is the mean over rounds. The default
+takes about ten minutes on a quiet core.
 
-- ``sketched``, ``sjlt``: diffcal, fused; layers sketched by two factors and then SJLT, or each layer's
-  gradient formed and projected by SJLT.
-- ``sketched_das``, ``sjlt_das``: the same with the settings of the preset ``das`` (each timestep's
-  gradient normalised, scores squared); their fidelity is to exact scores of that kind.
-- ``vmap_gaussian``: diffcal's own ``torch.func`` path and dense normal matrix, drawn for every batch.
-- ``traker``, ``dattri_normal``: the tools' own choices on a CPU, a dense normal matrix that is drawn
-  anew for every batch of ``--batch`` images (16 is what the published DAS scripts use). The larger the
-  batch, the less that weighs, and the more memory it takes: ``without_drawing`` is their ratio if all
-  draws, timed by themselves, were free, the best that any batch could do.
+diffcal, fused:
+
+- ``sketched``: layers sketched by two factors of at most 64 and then SJLT; ``sketched96``: of 96;
+- ``sjlt``: each layer's gradient formed and projected by SJLT;
+- the same with ``_half``: the network in bfloat16 autocast, which a processor with such instructions
+  (AVX-512 BF16, AMX) runs faster;
+- ``_das``: the settings of the preset ``das`` (each timestep's gradient normalised, scores squared);
+  their fidelity is to exact scores of that kind.
+- ``vmap_gaussian`` (only if asked for by ``--only``): diffcal's own ``torch.func`` path and dense
+  normal matrix, drawn for every batch.
+
+Peers, in float32 (their half precision is float16, which a CPU emulates), with all T timesteps of an
+image in one pass, one projection for each image, and torch's plain attention, which has a batching
+rule: the cheapest that their interfaces allow.
+
+- ``traker``, ``dattri_normal``: their own choices on a CPU, a dense normal matrix of 100 columns at a
+  time that is drawn anew for every batch of ``--batch`` images (16 is what the published DAS scripts
+  use). ``without_drawing`` is their ratio if all draws, timed by themselves, were free.
+- ``traker_best``, ``dattri_best``: all images in one batch, and traker with its own ``BasicProjector``
+  in a single block, so that it draws its matrix once and keeps it: parameters x columns x 4 bytes (7.4
+  GB here at 4 096 columns, 627 GB for the network of the papers; above ``--matrix-gb`` it stays with
+  100 columns). dattri's ``TRAKAttributor`` has no such option. Random signs instead of normal numbers
+  take both tools 2.5 times as long to draw on a CPU.
 - ``dattri_mask``: dattri with a random mask, its cheapest projection on a CPU.
 
-Peers run all T timesteps of an image in one pass, with one projection for each image, and with torch's
-plain attention, which has a batching rule: the cheapest that their interfaces allow.
+``fidelity_by_dim`` tells at how many columns diffcal's sketches come as near as a dense matrix of the
+largest of ``--dims``: scores from whole gradients projected afterwards, over five seeds.
 """
 
 import argparse
@@ -53,14 +69,18 @@ from _environment import environment
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from diffcal.attribution.projection import ProjectionConfig
+from diffcal.attribution.projection import ProjectionConfig, project_rows
+from diffcal.attribution.projectors import make_projector
 from diffcal.core.runs import write_json
 from diffcal.data.sources import open_images
 from diffcal.diffusion.diffusers_unet import UNet2DDenoiser
 
 SIDE = 32
-REFERENCES = ("sketched", "sjlt")
-Tool = Callable[[], Solved]
+REFERENCES = ("sketched", "sjlt", "sketched_half", "sketched96_half", "sjlt_half")
+FIDELITY_DIMS = (512, 1024, 2048, 4096, 8192, 16384, 65536)
+FIDELITY_SEEDS = 5
+ON_DEMAND = ("vmap_gaussian",)
+Tool = Callable[[int], Solved]
 
 
 def images_of(source: str, count: int) -> Tensor:
@@ -101,28 +121,89 @@ def trained_network(images: Tensor, steps: int, batch: int = 32) -> UNet2DModel:
 
 
 def make_tools(
-    problem: Problem, dim: int, mean_square: float, batch: int, peers: set[str]
+    problem: Problem,
+    dim: int,
+    mean_square: float,
+    batch: int,
+    peers: set[str],
+    matrix_bytes: float,
 ) -> dict[str, Tool]:
-    """Every tool that is there, as a function without arguments."""
-    sketch = ProjectionConfig(kind="factorised_sjlt", dim=dim)
-    sjlt = ProjectionConfig(kind="sjlt", dim=dim)
-    gaussian = ProjectionConfig(kind="gaussian", dim=dim)
+    """Every tool that is there, as a function of the seed of its projection."""
+
+    def ours(kind: str, factor_dim: int = 64, **options: Any) -> Tool:
+        def run(seed: int) -> Solved:
+            projection = ProjectionConfig(kind=kind, dim=dim, factor_dim=factor_dim, seed=seed)  # type: ignore[arg-type]
+            return run_diffcal(problem, projection, **options)
+
+        return run
+
     das: dict[str, Any] = {"normalise": True, "readout": "square"}
     tools: dict[str, Tool] = {
-        "sketched": lambda: run_diffcal(problem, sketch),
-        "sjlt": lambda: run_diffcal(problem, sjlt),
-        "sketched_das": lambda: run_diffcal(problem, sketch, **das),
-        "sjlt_das": lambda: run_diffcal(problem, sjlt, **das),
-        "vmap_gaussian": lambda: run_diffcal(problem, gaussian, method="vmap"),
+        "sketched": ours("factorised_sjlt"),
+        "sjlt": ours("sjlt"),
+        "sketched_half": ours("factorised_sjlt", half=True),
+        "sketched96_half": ours("factorised_sjlt", 96, half=True),
+        "sjlt_half": ours("sjlt", half=True),
+        "sketched_das": ours("factorised_sjlt", **das),
+        "sjlt_das": ours("sjlt", **das),
+        "sketched_half_das": ours("factorised_sjlt", half=True, **das),
+        "sjlt_half_das": ours("sjlt", half=True, **das),
+        "vmap_gaussian": ours("gaussian", method="vmap"),
     }
+    together = max(len(problem.train), len(problem.queries))
     if "trak" in peers:
-        tools["traker"] = lambda: run_traker(problem, dim, mean_square, batch)
+        block = dim if 4 * dim * problem.num_params <= matrix_bytes else 100
+        tools["traker"] = lambda seed: run_traker(problem, dim, mean_square, batch, seed)
+        tools["traker_best"] = lambda seed: run_traker(
+            problem, dim, mean_square, together, seed, block
+        )
     if "dattri" in peers:
-        for kind in ("normal", "random_mask"):
-            tools[f"dattri_{kind.removeprefix('random_')}"] = lambda kind=kind: run_dattri(
-                problem, dim, mean_square, kind, batch
+        for name, kind, size in (
+            ("normal", "normal", batch),
+            ("best", "normal", together),
+            ("mask", "random_mask", batch),
+        ):
+            tools[f"dattri_{name}"] = lambda seed, kind=kind, size=size: run_dattri(
+                problem, dim, mean_square, kind, size, seed
             )
     return tools
+
+
+def fidelity_by_dim(
+    problem: Problem, phi: Tensor, psi: Tensor, wanted: Tensor, peer_dim: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean fidelity over seeds of signed scores from projected gradients, by sketch and columns."""
+    shapes = [tuple(p.shape) for p in problem.network.parameters()]
+    sketches = {
+        "sketched": ("factorised_sjlt", 64, FIDELITY_DIMS),
+        "sketched96": ("factorised_sjlt", 96, FIDELITY_DIMS),
+        "sjlt": ("sjlt", 64, FIDELITY_DIMS),
+        "dense": ("gaussian", 64, (peer_dim,)),
+    }
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, (kind, factor_dim, dims) in sketches.items():
+        found[name] = {}
+        for dim in dims:
+            if dim > problem.num_params:
+                continue
+            # A dense matrix of 4 096 columns takes as long to draw as all else here together.
+            seeds = 1 if kind == "gaussian" else FIDELITY_SEEDS
+            each = []
+            for seed in range(seeds):
+                config = ProjectionConfig(kind=kind, dim=dim, factor_dim=factor_dim, seed=seed)  # type: ignore[arg-type]
+                projector = make_projector(config, shapes)
+                both = project_rows(projector, torch.cat([phi, psi])).split(len(phi))
+                each.append(correlations(exact_scores(problem, *both), wanted))
+            found[name][str(dim)] = {
+                key: statistics.mean(one[key] for one in each) for key in each[0]
+            }
+    return found
+
+
+def mean_fidelity(runs: list[Solved], wanted: Tensor) -> dict[str, float]:
+    """Mean over rounds, each of another projection."""
+    each = [correlations(one.scores, wanted) for one in runs]
+    return {key: statistics.mean(one[key] for one in each) for key in each[0]}
 
 
 def summary(
@@ -140,6 +221,7 @@ def summary(
                 a / b for a, b in zip(seconds[name], seconds[reference], strict=True)
             )
             for reference in REFERENCES
+            if reference in seconds
         }
         report[name] = {
             "cpu_seconds": statistics.median(seconds[name]),
@@ -148,7 +230,7 @@ def summary(
             "features": statistics.median(one.feature_seconds for one in runs),
             "scores": statistics.median(one.score_seconds for one in runs),
             **ratios,
-            "fidelity": correlations(runs[0].scores, exact[name.endswith("_das")]),
+            "fidelity": mean_fidelity(runs, exact[name.endswith("_das")]),
         }
         if name in ("traker", "dattri_normal"):
             report[name]["drawing"] = drawing
@@ -158,6 +240,7 @@ def summary(
                     for a, b in zip(seconds[name], seconds[reference], strict=True)
                 )
                 for reference in REFERENCES
+                if reference in seconds
             }
     return report
 
@@ -175,6 +258,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="training steps of the network")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="names of tools to run")
+    parser.add_argument(
+        "--matrix-gb", type=float, default=8.0, help="largest matrix that traker_best may keep"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -183,7 +269,10 @@ def main() -> None:
     where = environment(packages=("diffusers", "traker", "dattri"))
     pool = images_of(args.data, max(512, args.train + args.queries))
     network = trained_network(pool[: len(pool) - args.queries], args.steps)
-    denoiser = UNet2DDenoiser(network, DDPMScheduler(), timesteps="integer")
+    denoiser, half = (
+        UNet2DDenoiser(network, DDPMScheduler(), timesteps="integer", dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
     problem = Problem(
         denoiser,
         pool[: args.train],
@@ -191,14 +280,19 @@ def main() -> None:
         args.timesteps,
         args.functional,
         args.rho,
+        half,
     )
     exact: dict[bool, Tensor] = {}
     mean_square = 0.0
+    by_dim: dict[str, Any] = {}
     for normalise in (False, True):
         phi, psi = (whole_features(problem, x, normalise) for x in (problem.train, problem.queries))
         scores = exact_scores(problem, phi, psi)
         exact[normalise] = scores.square() if normalise else scores
-        mean_square = mean_square or float(phi.double().square().sum(dim=1).mean())
+        if not normalise:
+            mean_square = float(phi.double().square().sum(dim=1).mean())
+            if not args.only:
+                by_dim = fidelity_by_dim(problem, phi, psi, scores, max(args.dims))
     report: dict[str, Any] = {
         "environment": where,
         "missing_peers": {name: reason for name, reason in missing.items() if reason},
@@ -211,13 +305,16 @@ def main() -> None:
         "peer_batch": args.batch,
         "functional": args.functional,
         "relative_damping": args.rho,
+        "fidelity_by_dim": by_dim,
         "results": {},
     }
     tools = {
         dim: {
             name: tool
-            for name, tool in make_tools(problem, dim, mean_square, args.batch, peers).items()
-            if not args.only or name in (*args.only, *REFERENCES)
+            for name, tool in make_tools(
+                problem, dim, mean_square, args.batch, peers, args.matrix_gb * 1e9
+            ).items()
+            if (name in (*args.only, "sketched", "sjlt") if args.only else name not in ON_DEMAND)
         }
         for dim in args.dims
     }
@@ -228,7 +325,7 @@ def main() -> None:
     for repeat in range(args.repeats):
         for dim in args.dims:
             for name, tool in tools[dim].items():
-                rounds[dim][name].append(tool())
+                rounds[dim][name].append(tool(repeat))
             drawing = draws * drawing_seconds(problem.num_params, dim)
             report["results"][str(dim)] = {
                 "rounds": repeat + 1,

@@ -192,8 +192,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
     with torch.autocast("cpu", enabled=False):
-        wide = (tensor.float() for tensor in (query, key, value))
-        return F.scaled_dot_product_attention(*wide, *args, **kwargs).to(query.dtype)
+        wide = F.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), *args, **kwargs
+        )
+    return wide.to(query.dtype)
 
 
 def _hear(listen: Callable[[list[Part], Tensor], None], parts: list[Part], g: Tensor) -> None:
