@@ -27,7 +27,9 @@ from diffcal.workflows.das_queries import QueryConfig
 from diffcal.workflows.das_score import ScoreRunConfig, score_queries
 
 QUANTILE = 0.99
-CONTROLS, CONTROL_NOISE = 200, 0.1
+CONTROLS = {"noisy_training_images": 0.1, "training_images_themselves": 0.0}
+"""Copies that should be found, with the deviation of their normal noise (pixels in [-1, 1])."""
+CONTROL_IMAGES = 200
 ATTRIBUTED = (("fast", 1.0), ("edm-18", 1.0))
 ATTRIBUTED_IMAGES = 200
 """Of each of these settings: gradients cost far more than drawing."""
@@ -78,7 +80,10 @@ def near_copies(bench: Bench) -> dict[str, Any]:
         "mirrored": bench.mirrored,
         "quantile": QUANTILE,
         "held_out": _control(held, LIKENESS),
-        "noisy_training_images": _judge(train.likeness(_noisy(bench)[0]), held, LIKENESS),
+        **{
+            name: _judge(train.likeness(_copies(bench, noise)[0]), held, LIKENESS)
+            for name, noise in CONTROLS.items()
+        },
         "settings": [],
     }
     for preset, scale in bench.set_up.settings:
@@ -92,16 +97,16 @@ def near_copies(bench: Bench) -> dict[str, Any]:
     return results
 
 
-def _noisy(bench: Bench) -> tuple[Tensor, Tensor]:
-    """Training images, evenly spaced, with a little noise, and their labels: copies to be found."""
+def _copies(bench: Bench, deviation: float) -> tuple[Tensor, Tensor]:
+    """Training images, evenly spaced, with noise, and their labels."""
     images, labels = bench.train
-    count = min(CONTROLS, len(images))
+    count = min(CONTROL_IMAGES, len(images))
     rows = torch.linspace(0, len(images) - 1, count).long()
     chosen = images[rows].float() / 127.5 - 1
     noise = torch.stack(
         [item_normal(0, "copies", i, tuple(chosen.shape[1:])) for i in range(count)]
     )
-    pixels = ((chosen + CONTROL_NOISE * noise).clip(-1, 1) * 127.5 + 127.5).round().byte()
+    pixels = ((chosen + deviation * noise).clip(-1, 1) * 127.5 + 127.5).round().byte()
     return pixels, labels[rows]
 
 
@@ -171,9 +176,10 @@ def _attributed(bench: Bench) -> dict[str, Any]:
         path = bench.folder / f"queries-{preset}-{scale:g}.parquet"
         report = _scored(bench, folder, _queries(images, labels, path), path.stem)
         made["settings"].append({"preset": preset, "scale": scale, **_judge(report, held, KINDS)})
-    asked = _queries(*_noisy(bench), bench.folder / "queries-noisy.parquet")
-    noisy = _scored(bench, folder, asked, "queries-noisy")
-    return made | {"noisy_training_images": _judge(noisy, held, KINDS)}
+    for name, noise in CONTROLS.items():
+        asked = _queries(*_copies(bench, noise), bench.folder / f"queries-{name}.parquet")
+        made[name] = _judge(_scored(bench, folder, asked, name), held, KINDS)
+    return made
 
 
 def _queries(images: Tensor, labels: Tensor, path: Path) -> QueryConfig:

@@ -223,6 +223,7 @@ def _read_ladders(
             between = (places >= BETWEEN[0]) & (places <= BETWEEN[1])
             measures[f"{name}/{kind}/between"] = _mean_inside(between.double(), inner)
             measures[f"{name}/{kind}/spearman"] = order
+            measures[f"{name}/{kind}/ends_between"] = _mean_inside(between.double(), ~inner)
             measures[f"{name}/{kind}/passage"] = places[:, -1] - places[:, 0]
             curves[f"{name}/{kind}"] = curve(flat, estimate)
     return measures, curves

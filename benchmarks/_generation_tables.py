@@ -9,6 +9,7 @@ READERS = {
     "denoiser": "the denoiser's own features (the default of `diffcal csm`, not independent)",
 }
 LIKENESS = ("alike", "near_copy")
+CONTROLS = ("noisy_training_images", "training_images_themselves")
 BINS = ("0", *(f"{low / 10:.1f}–{low / 10 + 0.1:.1f}" for low in range(10)), "1")
 KINDS = {
     "alike": "alike", "near_copy": "near copy", "dominated": "dominated", "memorised": "memorised",
@@ -119,7 +120,9 @@ def _ladders(result: dict[str, Any]) -> Iterator[str]:
             f"With {READERS[reader]}; from one end to the other λ̂ rises by "
             f"{_plain(passage[f'{reader}/projection/passage'], 2)} by projection and "
             f"{_plain(passage[f'{reader}/posterior/passage'], 2)} by posterior (1: both ends show "
-            "their class):"
+            "their class). Of the ends themselves, which show a single class, "
+            f"{_percent(passage[f'{reader}/projection/ends_between'])} % and "
+            f'{_percent(passage[f"{reader}/posterior/ends_between"])} % lie "between":'
         )
         yield ""
         yield from _head(
@@ -182,14 +185,15 @@ def _copies(copies: dict[str, Any]) -> Iterator[str]:
         f"{copies['training_images']} training images{mirrored}, and isolation, the likeness of the "
         f"nearest less that of the next 49. Alike: likeness beyond the {100 * copies['quantile']:g} % "
         "quantile of one half of the held-out images; near copy: isolation too. Held-out images are "
-        "judged by their other half. Noisy training images are the positive control."
+        "judged by their other half. Training images, noisy and as they are, are the positive control."
     )
     yield ""
     yield from _head(["images", "number", "median likeness", "alike, %", "near copy, %"])
     for row in copies["settings"]:
         yield _copy_row(f"{SAMPLERS[row['preset']]}, guidance {row['scale']:g}", row, LIKENESS)
     yield _copy_row("held-out real images", copies["held_out"], LIKENESS)
-    yield _copy_row("noisy training images", copies["noisy_training_images"], LIKENESS)
+    for name in CONTROLS:
+        yield _copy_row(name.replace("_", " "), copies[name], LIKENESS)
     yield ""
     if "attribution" in copies:
         found = copies["attribution"]
@@ -206,7 +210,8 @@ def _copies(copies: dict[str, Any]) -> Iterator[str]:
                 f"{SAMPLERS[row['preset']]}, guidance {row['scale']:g}", row, list(KINDS)
             )
         yield _copy_row("held-out real images", found["held_out"], list(KINDS))
-        yield _copy_row("noisy training images", found["noisy_training_images"], list(KINDS))
+        for name in CONTROLS:
+            yield _copy_row(name.replace("_", " "), found[name], list(KINDS))
         yield ""
 
 
