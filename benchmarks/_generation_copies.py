@@ -97,15 +97,18 @@ def near_copies(bench: Bench) -> dict[str, Any]:
     return results
 
 
+def _control_rows(bench: Bench) -> Tensor:
+    images = len(bench.train[0])
+    return torch.linspace(0, images - 1, min(CONTROL_IMAGES, images)).long()
+
+
 def _copies(bench: Bench, deviation: float) -> tuple[Tensor, Tensor]:
     """Training images, evenly spaced, with noise, and their labels."""
     images, labels = bench.train
-    count = min(CONTROL_IMAGES, len(images))
-    rows = torch.linspace(0, len(images) - 1, count).long()
+    rows = _control_rows(bench)
     chosen = images[rows].float() / 127.5 - 1
-    noise = torch.stack(
-        [item_normal(0, "copies", i, tuple(chosen.shape[1:])) for i in range(count)]
-    )
+    shape = tuple(chosen.shape[1:])
+    noise = torch.stack([item_normal(0, "copies", i, shape) for i in range(len(rows))])
     pixels = ((chosen + deviation * noise).clip(-1, 1) * 127.5 + 127.5).round().byte()
     return pixels, labels[rows]
 
@@ -178,7 +181,16 @@ def _attributed(bench: Bench) -> dict[str, Any]:
         made["settings"].append({"preset": preset, "scale": scale, **_judge(report, held, KINDS)})
     for name, noise in CONTROLS.items():
         asked = _queries(*_copies(bench, noise), bench.folder / f"queries-{name}.parquet")
-        made[name] = _judge(_scored(bench, folder, asked, name), held, KINDS)
+        report = _scored(bench, folder, asked, name)
+        originals = _control_rows(bench) + rows.start
+        named = {
+            what: wilson(int((found == originals).sum()), len(found))
+            for what, found in (
+                ("top_is_original", report.top_index[:, 0]),
+                ("copy_of_original", report.copy_index),
+            )
+        }
+        made[name] = _judge(report, held, KINDS) | named
     return made
 
 

@@ -213,6 +213,13 @@ def _copies(copies: dict[str, Any]) -> Iterator[str]:
         for name in CONTROLS:
             yield _copy_row(name.replace("_", " "), found[name], list(KINDS))
         yield ""
+        for name in CONTROLS:
+            yield (
+                f"Of {name.replace('_', ' ')} the largest contributor is the original for "
+                f"{_percent(found[name]['top_is_original'])} %, and the largest share times likeness "
+                f"is the original's for {_percent(found[name]['copy_of_original'])} %."
+            )
+        yield ""
 
 
 def _copy_row(title: str, row: dict[str, Any], kinds: Sequence[str]) -> str:
