@@ -8,7 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcal.attribution.functionals import FUNCTIONALS, Functional
+from diffcal.attribution.functionals import (
+    CUSTOM,
+    FUNCTIONALS,
+    Functional,
+    NamedFunctional,
+)
 from diffcal.attribution.gradient_fused import FusedGradients, UnknownUse
 from diffcal.attribution.gradient_loop import LoopGradients
 from diffcal.attribution.gradient_vmap import VmapGradients
@@ -44,7 +49,7 @@ class FeatureConfig:
     """What decides the features of a sample, besides the model and the sample itself."""
 
     functional: str = "mean"
-    """A name of ``FUNCTIONALS``, or ``custom`` for a callable given to the featuriser."""
+    """A name of ``FUNCTIONALS``, or ``custom`` (or ``custom:NAME``) for a callable given from Python."""
     prediction: PredictionKind = "network"
     """Form in which the functional sees the network's output; the raw one as published."""
     timesteps: int | tuple[int, ...] = 10
@@ -65,12 +70,17 @@ class FeatureConfig:
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
 
     def __post_init__(self) -> None:
-        if self.functional != "custom" and self.functional not in FUNCTIONALS:
+        if not self.is_custom and self.functional not in FUNCTIONALS:
             raise ConfigError(
                 f"unknown functional '{self.functional}': use {', '.join(FUNCTIONALS)} or custom"
             )
         if self.functional == "weighted-mse" and self.sigmas is not None:
             raise ConfigError("weighted-mse weighs timesteps: it has no weights for sigmas")
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the functional is a callable."""
+        return self.functional == CUSTOM or self.functional.startswith(f"{CUSTOM}:")
 
     @property
     def norm_kind(self) -> NormKind:
@@ -103,7 +113,8 @@ class Featuriser:
 
     Args:
         denoiser: The model.
-        functional: A callable, where ``config.functional`` is ``custom``.
+        functional: A callable, where ``config.functional`` is ``custom``; one with a name
+            (:class:`~.functionals.NamedFunctional`), where that is ``custom:NAME``.
         method: ``fused``, ``vmap`` or ``loop``: the same numbers at different cost.
         batch_rows: (Sample, timestep) pairs that pass through the network at once.
         channels_last: Keep the network and its input in that memory format (changes the module's
@@ -126,12 +137,12 @@ class Featuriser:
         unknown: UnknownUse = "vmap",
     ) -> None:
         self.denoiser, self.config = denoiser, config or FeatureConfig()
-        if (functional is None) == (self.config.functional == "custom"):
+        if (functional is None) == self.config.is_custom:
             raise ConfigError("a callable functional goes with functional = 'custom', and only so")
+        self._functional_name = self._named(functional)
         if batch_rows < 1:
             raise ConfigError(f"batch_rows must be at least 1, got {batch_rows}")
         self.batch_rows = batch_rows
-        self._functional = functional
         self._shared_noise: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         denoiser.module.eval()
         self._format = torch.channels_last if channels_last else torch.contiguous_format
@@ -158,6 +169,21 @@ class Featuriser:
             unknown=unknown,
         )
 
+    def _named(self, functional: Functional | None) -> str:
+        """What stands for the functional in ``spec``."""
+        asked = self.config.functional
+        if functional is None:
+            return asked
+        if not isinstance(functional, NamedFunctional):
+            if asked != CUSTOM:
+                raise ConfigError(f"features.functional is '{asked}', but the callable has no name")
+            return f"{functional.__module__}.{functional.__qualname__}"  # type: ignore[attr-defined]
+        if asked not in (CUSTOM, functional.setting):
+            raise ConfigError(
+                f"features.functional is '{asked}', the callable's '{functional.name}'"
+            )
+        return functional.setting
+
     @property
     def dim(self) -> int:
         """Entries of a feature."""
@@ -170,11 +196,8 @@ class Featuriser:
         # The grid itself says what was asked, however it was asked for.
         for name in ("timesteps", "strategy", "sigmas", "norms"):
             del values[name]
-        function = self._functional
         return values | {
-            "functional": self.config.functional
-            if function is None
-            else f"{function.__module__}.{function.__qualname__}",  # type: ignore[attr-defined]
+            "functional": self._functional_name,
             "norms": self.config.norm_kind if self.config.normalise else "none",
             "slot_batch": self.config.slot_batch if self.config.noise == "slot" else None,
             "timesteps": list(self.levels.timesteps),

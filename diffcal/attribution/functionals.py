@@ -10,7 +10,15 @@ from torch import Tensor
 from diffcal.core.tensors import append_dims
 from diffcal.errors import ConfigError
 
-__all__ = ["FUNCTIONALS", "Functional", "FunctionalName", "Outputs", "resolve_functional"]
+__all__ = [
+    "CUSTOM",
+    "FUNCTIONALS",
+    "Functional",
+    "FunctionalName",
+    "NamedFunctional",
+    "Outputs",
+    "resolve_functional",
+]
 
 FunctionalName = Literal[
     "loss", "mean-squared-l2-norm", "mean", "l1-norm", "l2-norm", "linf-norm", "weighted-mse"
@@ -31,6 +39,39 @@ class Outputs:
 
 Functional = Callable[[Outputs], Float[Tensor, " b"]]
 """One number for each row, independent of the other rows and differentiable in ``prediction``."""
+
+CUSTOM = "custom"
+"""``features.functional`` of a callable, followed by ``:`` and its name where it has one."""
+
+
+@dataclass(frozen=True)
+class NamedFunctional:
+    """A functional or loss of one's own, under a name that stands for it wherever features are kept.
+
+        huber = NamedFunctional("huber/1", lambda outputs: ...)
+
+    Nothing but the name tells two callables apart: change it (a version will do) whenever the callable
+    changes.
+
+    Raises:
+        ConfigError: an empty name.
+    """
+
+    name: str
+    function: Functional
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ConfigError("a functional of your own needs a name, as 'huber/1'")
+
+    def __call__(self, outputs: Outputs) -> Float[Tensor, " b"]:
+        """One number for each row."""
+        return self.function(outputs)
+
+    @property
+    def setting(self) -> str:
+        """``features.functional`` for it."""
+        return f"{CUSTOM}:{self.name}"
 
 
 def _rows(values: Tensor) -> Tensor:

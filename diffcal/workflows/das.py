@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffcal.attribution.functionals import NamedFunctional, Outputs
 from diffcal.attribution.score_config import ScoreConfig
 from diffcal.config import build_config
 from diffcal.diffusion.denoisers import Denoiser
@@ -48,6 +49,8 @@ __all__ = [
     "DasConfig",
     "HeldOut",
     "LdsConfig",
+    "NamedFunctional",
+    "Outputs",
     "counterfactual",
     "counterfactual_config",
     "das_config",
@@ -65,11 +68,32 @@ def index(
     out: Path | str,
     *,
     denoiser: Denoiser | None = None,
+    functional: NamedFunctional | None = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Features and kernel of all training images; see :func:`~.das_index.build_index`."""
-    return build_index(config, Path(out), denoiser=denoiser, device=device, overwrite=overwrite)
+    """Features and kernel of all training images; see :func:`~.das_index.build_index`.
+
+    Args:
+        functional: Your own functional or loss, which sees the network's output and its target::
+
+            huber = das.NamedFunctional(
+                "huber/1",
+                lambda o: F.huber_loss(o.prediction, o.target, reduction="none").flatten(1).mean(1),
+            )
+            das.index(config, "runs/das", functional=huber)
+            das.score("runs/das", "queries", functional=huber)
+
+            Its name stands for it in the index, which refuses one of another name.
+    """
+    return build_index(
+        config,
+        Path(out),
+        denoiser=denoiser,
+        functional=functional,
+        device=device,
+        overwrite=overwrite,
+    )
 
 
 def score(
@@ -84,6 +108,7 @@ def score(
     groups: Sequence[str] = (),
     royalties: float | None = None,
     denoiser: Denoiser | None = None,
+    functional: NamedFunctional | None = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -97,6 +122,7 @@ def score(
             those of the training source.
         groups: Columns of the training images by which attribution is shared out, besides the class.
         royalties: An amount to divide among the groups.
+        functional: Your own functional, if the index was made with one.
     """
     config = ScoreRunConfig(
         queries=QueryConfig(name=str(queries), rows=rows),
@@ -111,6 +137,7 @@ def score(
         config,
         None if out is None else Path(out),
         denoiser=denoiser,
+        functional=functional,
         device=device,
         overwrite=overwrite,
     )

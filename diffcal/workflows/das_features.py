@@ -1,5 +1,6 @@
 """Attribution features of conditioned images, written shard by shard by any number of processes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,9 +11,11 @@ from torch import Tensor
 from diffcal.attribution.feature_shards import ShardRange, shard_ranges
 from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.featurise import Featuriser
+from diffcal.attribution.functionals import NamedFunctional
 from diffcal.core.progress import progress_bar
 from diffcal.core.tensors import require_finite
 from diffcal.diffusion.denoisers import Denoiser
+from diffcal.errors import ConfigError
 from diffcal.mixing.encoding import EncoderConfig, build_encoder
 from diffcal.models.encoders import FeatureEncoder
 from diffcal.workflows.das_config import DasConfig, StoreConfig
@@ -25,6 +28,7 @@ __all__ = [
     "feature_spec",
     "make_featuriser",
     "make_rows",
+    "with_functional",
     "write_features",
 ]
 
@@ -111,15 +115,47 @@ class EmbeddingRows:
         return require_finite(found, f"'{self.encoder.name}' embeddings"), {}
 
 
-def make_featuriser(config: DasConfig, denoiser: Any) -> Featuriser:
-    """The featuriser of a configuration."""
+def make_featuriser(
+    config: DasConfig, denoiser: Any, functional: NamedFunctional | None = None
+) -> Featuriser:
+    """The featuriser of a configuration.
+
+    Raises:
+        ConfigError: a functional of the user's own is asked for and not given.
+    """
+    if config.features.is_custom and functional is None:
+        raise ConfigError(
+            f"the functional '{config.features.functional}' is a callable: give it in Python, as "
+            "das.index(config, out, functional=NamedFunctional(name, function)), and to das.score"
+        )
     return Featuriser(
-        denoiser, config.features, method=config.gradients, batch_rows=config.batch_rows
+        denoiser,
+        config.features,
+        functional=functional,
+        method=config.gradients,
+        batch_rows=config.batch_rows,
     )
 
 
+def with_functional(config: DasConfig, functional: NamedFunctional | None) -> DasConfig:
+    """The configuration with a functional of the user's own in place of what it has.
+
+    Raises:
+        ConfigError: a method without gradients.
+    """
+    if functional is None:
+        return config
+    if config.inputs != "gradients":
+        raise ConfigError(f"'{config.method}' takes no gradients, so it has no functional")
+    return replace(config, features=replace(config.features, functional=functional.setting))
+
+
 def make_rows(
-    config: DasConfig, denoiser: Denoiser, image_shape: tuple[int, int, int], device: str = "auto"
+    config: DasConfig,
+    denoiser: Denoiser,
+    image_shape: tuple[int, int, int],
+    device: str = "auto",
+    functional: NamedFunctional | None = None,
 ) -> ImageRows:
     """What ``config.method`` makes rows of: gradients, pixels or embeddings.
 
@@ -127,7 +163,7 @@ def make_rows(
         ConfigError: settings that the model or the images do not have.
     """
     if config.inputs == "gradients":
-        return GradientRows(make_featuriser(config, denoiser))
+        return GradientRows(make_featuriser(config, denoiser, functional))
     encoder = EncoderConfig(kind="pixels") if config.inputs == "pixels" else config.encoder
     return EmbeddingRows(
         build_encoder(encoder, denoiser=denoiser, image_shape=image_shape, device=device)

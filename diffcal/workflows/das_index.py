@@ -11,6 +11,7 @@ import torch
 
 from diffcal import __version__
 from diffcal.attribution.feature_store import FeatureStore
+from diffcal.attribution.functionals import NamedFunctional
 from diffcal.attribution.kernel import Kernel, fit_kernel, load_kernel
 from diffcal.config import config_from_dict, config_to_dict
 from diffcal.core.devices import one_thread
@@ -26,6 +27,7 @@ from diffcal.workflows.das_features import (
     ImageRows,
     feature_spec,
     make_rows,
+    with_functional,
     write_features,
 )
 from diffcal.workflows.das_images import ConditionedImages, open_training_images
@@ -51,6 +53,7 @@ def build_index(
     out: Path,
     *,
     denoiser: Denoiser | None = None,
+    functional: NamedFunctional | None = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -68,6 +71,8 @@ def build_index(
         config: Model, images, gradients, projection.
         out: Folder of the index.
         denoiser: Use this one, already loaded, in place of ``config.model``.
+        functional: Your own functional or loss in place of ``config.features.functional``; its name
+            becomes part of what the index is made of.
         device: ``auto``, ``cpu``, ``cuda`` ...; with several processes each takes its own GPU.
         overwrite: Discard an index of other settings, model or images.
 
@@ -82,12 +87,13 @@ def build_index(
         NumericalError: NaN or infinity; shards written before stay.
     """
     state = process_state(device)
+    config = with_functional(config, functional)
     models = models_of(config)
     if denoiser is not None and len(models) > 1:
         raise ConfigError(f"one denoiser was given for an index of {len(models)} models")
     if len(models) == 1:
         config = replace(config, model=models[0], models=())
-        return _build(config, out, state, denoiser, device=device, overwrite=overwrite)
+        return _build(config, out, state, denoiser, functional, device=device, overwrite=overwrite)
     if state.is_main_process:
         claim_folder(out, {"format": FORMAT, "models": len(models)}, overwrite=overwrite)
     state.wait_for_everyone()
@@ -95,7 +101,9 @@ def build_index(
     found = []
     for model, part in zip(models, parts, strict=True):
         one = replace(config, model=model, models=())
-        found.append(_build(one, out / part, state, None, device=device, overwrite=overwrite))
+        found.append(
+            _build(one, out / part, state, None, functional, device=device, overwrite=overwrite)
+        )
     if state.is_main_process:
         _write_group_manifest(out, config, parts)
     state.wait_for_everyone()
@@ -113,6 +121,7 @@ def _build(
     out: Path,
     state: Any,
     denoiser: Denoiser | None,
+    functional: NamedFunctional | None,
     *,
     device: str,
     overwrite: bool,
@@ -122,7 +131,7 @@ def _build(
     denoiser = denoiser or open_model(config.model, where)
     started = time.monotonic()
     images = open_training_images(config.data, denoiser)
-    rows = make_rows(config, denoiser, images.source.image_shape, where)
+    rows = make_rows(config, denoiser, images.source.image_shape, where, functional)
     if state.is_main_process:
         claim = {"format": FORMAT, "store": config_to_dict(config.store)}
         claim_folder(out, claim | feature_spec(rows, images), overwrite=overwrite)
@@ -162,6 +171,8 @@ class AttributionIndex:
     rows: ImageRows
     """What made the features, for the queries'."""
     training: ConditionedImages
+    functional: NamedFunctional | None = None
+    """The user's own, if it has one."""
 
     @classmethod
     def open(
@@ -171,6 +182,7 @@ class AttributionIndex:
         model: str | None = None,
         data: str | None = None,
         denoiser: Denoiser | None = None,
+        functional: NamedFunctional | None = None,
         device: str = "auto",
     ) -> "AttributionIndex":
         """An index together with its model and images, checked to be those that it was made of.
@@ -178,8 +190,10 @@ class AttributionIndex:
         Args:
             model, data: Where they are now, if they moved.
             denoiser: The model, already loaded.
+            functional: Your own functional, if the index was made with one.
 
         Raises:
+            ConfigError: the index needs a functional that was not given.
             ArtifactError: no finished index, or model, images or settings are not those of the index
                 (what differs is named).
         """
@@ -194,7 +208,7 @@ class AttributionIndex:
             values["model"]["source"] = model
         if data is not None:
             values["data"]["name"] = data
-        config = config_from_dict(DasConfig, values)
+        config = with_functional(config_from_dict(DasConfig, values), functional)
         denoiser = denoiser or open_model(config.model, device)
         store = FeatureStore.open(folder / "features")
         store.verify()
@@ -203,13 +217,13 @@ class AttributionIndex:
             image_column=config.data.image_column,
             label_column=config.data.label_column,
         )
-        rows = make_rows(config, denoiser, source.image_shape, device)
+        rows = make_rows(config, denoiser, source.image_shape, device, functional)
         # The model first: images of other classes would be refused before it is compared.
         store.require_spec({**rows.spec, "images": store.spec["images"]})
         training = open_training_images(config.data, denoiser)
         store.require_spec(feature_spec(rows, training))
         store.require_ids(training.ids)
-        return cls(folder, config, store, denoiser, rows, training)
+        return cls(folder, config, store, denoiser, rows, training, functional)
 
     @property
     def fingerprint(self) -> str:
@@ -227,6 +241,7 @@ def open_index(
     model: str | None = None,
     data: str | None = None,
     denoiser: Denoiser | None = None,
+    functional: NamedFunctional | None = None,
     device: str = "auto",
 ) -> list[AttributionIndex]:
     """The index of every model of a finished index, the fully trained model last.
@@ -241,14 +256,22 @@ def open_index(
     parts = manifest.get("models")
     if parts is None:
         opened = AttributionIndex.open(
-            folder, model=model, data=data, denoiser=denoiser, device=device
+            folder,
+            model=model,
+            data=data,
+            denoiser=denoiser,
+            functional=functional,
+            device=device,
         )
         return [opened]
     if model is not None or denoiser is not None:
         raise ConfigError(
             f"'{folder}' is an index of {len(parts)} models; they must lie where it found them"
         )
-    return [AttributionIndex.open(folder / part, data=data, device=device) for part in parts]
+    return [
+        AttributionIndex.open(folder / part, data=data, functional=functional, device=device)
+        for part in parts
+    ]
 
 
 def index_fingerprint(models: list[AttributionIndex]) -> str:

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcal.attribution.featurise import Featuriser
+from diffcal.attribution.functionals import NamedFunctional
 from diffcal.attribution.journey import path_features
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ArtifactError, ConfigError
 from diffcal.workflows.das_config import DasConfig
-from diffcal.workflows.das_features import Columns
+from diffcal.workflows.das_features import Columns, make_featuriser
 from diffcal.workflows.das_images import ConditionedImages
 from diffcal.workflows.das_redraw import MixImages, Redrawable, denoised_levels
 
@@ -29,16 +29,19 @@ class PathRows:
         config: Of the index.
         denoiser: The attributed model, which draws the images again.
         redraw: The images.
+        functional: The user's own, where the index has one.
     """
 
-    def __init__(self, config: DasConfig, denoiser: Denoiser, redraw: Redrawable) -> None:
+    def __init__(
+        self,
+        config: DasConfig,
+        denoiser: Denoiser,
+        redraw: Redrawable,
+        functional: NamedFunctional | None = None,
+    ) -> None:
         levels = denoised_levels(denoiser, redraw.sampler)
-        self.featuriser = Featuriser(
-            denoiser,
-            replace(config.features, sigmas=levels),
-            method=config.gradients,
-            batch_rows=config.batch_rows,
-        )
+        along = replace(config, features=replace(config.features, sigmas=levels))
+        self.featuriser = make_featuriser(along, denoiser, functional)
         self.redraw, self.at_once = redraw, DRAWN_AT_ONCE
 
     @property
@@ -66,7 +69,11 @@ class PathRows:
 
 
 def path_rows(
-    config: DasConfig, denoiser: Denoiser, folder: Path, queries: ConditionedImages
+    config: DasConfig,
+    denoiser: Denoiser,
+    folder: Path,
+    queries: ConditionedImages,
+    functional: NamedFunctional | None = None,
 ) -> PathRows:
     """For queries from a run of ``diffcal csm``.
 
@@ -84,4 +91,4 @@ def path_rows(
             f"'{redraw.denoiser[:12]}' there, '{denoiser.fingerprint[:12]}' here), so their sampling "
             "path is not known"
         )
-    return PathRows(config, denoiser, redraw)
+    return PathRows(config, denoiser, redraw, functional)

@@ -9,6 +9,7 @@ import torch
 
 from diffcal.attribution.ensemble import ScoredModel
 from diffcal.attribution.feature_store import FeatureStore
+from diffcal.attribution.functionals import NamedFunctional
 from diffcal.attribution.score_config import ScoreConfig
 from diffcal.config import config_to_dict
 from diffcal.core.processes import process_state
@@ -71,6 +72,7 @@ def score_queries(
     model: str | None = None,
     data: str | None = None,
     denoiser: Denoiser | None = None,
+    functional: NamedFunctional | None = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def score_queries(
         out: Output folder; ``INDEX/scores`` if None.
         model, data: Where model and training images are now, if they moved.
         denoiser: The model, already loaded.
+        functional: Your own functional, if the index was made with one.
         overwrite: Discard scores of other queries or settings.
 
     Returns:
@@ -112,7 +115,9 @@ def score_queries(
     state = process_state(device)
     where = str(state.device) if device == "auto" else device
     started = time.monotonic()
-    models = open_index(index, model=model, data=data, denoiser=denoiser, device=where)
+    models = open_index(
+        index, model=model, data=data, denoiser=denoiser, functional=functional, device=where
+    )
     last = models[-1]
     queries = _open(config.queries, last.denoiser)
     held_out = None
@@ -192,7 +197,7 @@ def _query_rows(
     name = queries.fingerprint[:16]
     if source == "images":
         return index.rows, name
-    rows = path_rows(index.config, index.denoiser, Path(asked.name), queries)
+    rows = path_rows(index.config, index.denoiser, Path(asked.name), queries, index.functional)
     return rows, f"{name}-path"
 
 

@@ -1,5 +1,6 @@
 """Attribution as a user runs it, on the bundled digits: index, score, explain, and what is refused."""
 
+import dataclasses
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from mixed_run import make_run
 from PIL import Image
 
 from diffcal.attribution.feature_store import FeatureStore
+from diffcal.attribution.featurise import Featuriser
 from diffcal.cli import main
 from diffcal.core.runs import sha256_file
 from diffcal.data.images import encode_png
@@ -261,3 +263,56 @@ def test_classes_of_the_images_must_be_those_of_the_model(tmp_path):
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name / "0.png")
     with pytest.raises(DataError, match=r"has the classes cat, dog \(2\), the model 0, 1, 2"):
         open_queries(str(tmp_path), load_denoiser("bundled:digits"))
+
+
+def test_a_loss_of_ones_own_goes_through_every_stage_under_its_name(index, tmp_path):
+    def huber(outputs):
+        error = torch.nn.functional.huber_loss(outputs.prediction, outputs.target, reduction="none")
+        return error.flatten(1).mean(1)
+
+    mine = das.NamedFunctional("huber/1", huber)
+    out, config = tmp_path / "index", das.das_config("digits", [*SMALL, "data.rows=12"])
+    das.index(config, out, functional=mine, device="cpu")
+    das.score(out, "digits", rows=3, functional=mine, device="cpu")
+    phi = FeatureStore.open(out / "features")
+    assert phi.spec["functional"] == "custom:huber/1"
+    # By hand: the gradient of the callable at one image.
+    denoiser = load_denoiser("bundled:digits")
+    featuriser = Featuriser(
+        denoiser,
+        dataclasses.replace(config.features, functional="custom"),
+        functional=huber,
+        method="loop",
+    )
+    images = open_queries("digits", denoiser, rows=2)
+    rows = featuriser(
+        denoiser.encode(images.images(range(2))), range(2), images.condition(denoiser, range(2))
+    )
+    torch.testing.assert_close(phi.rows()[:2], rows.vectors, rtol=2e-3, atol=1e-4)
+    assert not torch.allclose(
+        phi.rows(), FeatureStore.open(index / "features").rows()[:12], atol=1e-2
+    )
+    # The same command goes on; another name is refused with the field, and so is none.
+    das.index(config, out, functional=mine, device="cpu")
+    other = das.NamedFunctional("huber/2", huber)
+    with pytest.raises(
+        ArtifactError, match=r"functional: 'custom:huber/1' there, 'custom:huber/2'"
+    ):
+        das.index(config, out, functional=other, device="cpu")
+    with pytest.raises(ArtifactError, match=r"functional: .*'custom:huber/1'"):
+        das.score(out, "digits", rows=3, functional=other, device="cpu")
+    with pytest.raises(ArtifactError, match=r"functional: .*'mean'"):
+        das.score(index, "digits", rows=3, functional=mine, device="cpu")
+    with pytest.raises(ConfigError, match="'custom:huber/1' is a callable: give it in Python"):
+        das.score(out, "digits", rows=3, device="cpu")
+    assert main(["das", "score", "--index", str(out), "--queries", "digits", "--rows", "3"]) == 2
+    with pytest.raises(ConfigError, match="needs a name"):
+        das.NamedFunctional(" ", huber)
+    with pytest.raises(ConfigError, match="takes no gradients"):
+        das.index(das.das_config("pixel-dot"), tmp_path / "p", functional=mine, device="cpu")
+    with pytest.raises(ConfigError, match="the callable's 'huber/2'"):
+        Featuriser(
+            denoiser,
+            dataclasses.replace(config.features, functional="custom:huber/1"),
+            functional=other,
+        )
