@@ -1,5 +1,6 @@
 """Run folders: atomic files, hashes, and the rule that one folder holds one configuration."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -42,7 +43,8 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder itself is the trouble
+            partial.unlink()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ArtifactError(
                 f"no space left while writing '{path}'; what was written before is intact: "
@@ -97,11 +99,12 @@ def claim_folder(
 
     The first claim writes ``config`` to ``folder/name``. A later claim with the same config is a
     resume; with another one it is refused, naming the fields that differ. ``overwrite`` removes
-    the folder's content first, and only if it carries a ``name`` file, so that a folder which is not
-    ours is never emptied.
+    the folder's content first, and only if it carries a ``name`` file of this kind, so that a folder
+    which is not ours is never emptied: many a model's folder has a ``config.json`` too.
 
     Raises:
-        ArtifactError: other configuration, or a non-empty folder without a ``name`` file.
+        ArtifactError: other configuration, a non-empty folder without a ``name`` file, or with one of
+            another command or program.
     """
     path = folder / name
     wanted = json.loads(json.dumps(config, allow_nan=False))
@@ -109,6 +112,11 @@ def claim_folder(
         found = read_json(path)
         if found == wanted:
             return True
+        if not _same_kind(found, wanted):
+            raise ArtifactError(
+                f"'{path}' was not written by this command, so that '{folder}' is left as it is; "
+                "choose another output folder"
+            )
         if not overwrite:
             raise ArtifactError(_difference(folder, found, wanted))
         for child in folder.iterdir():
@@ -120,6 +128,14 @@ def claim_folder(
         )
     write_json(path, wanted)
     return False
+
+
+def _same_kind(found: Any, wanted: Mapping[str, Any]) -> bool:
+    """Whether two configurations are of one command: they share half of their settings' names."""
+    if not isinstance(found, dict):
+        return False
+    # versions add and drop settings, so that not all names can be asked for
+    return 2 * len(found.keys() & wanted.keys()) >= min(len(found), len(wanted)) > 0
 
 
 def _difference(folder: Path, found: Any, wanted: Any) -> str:

@@ -27,6 +27,39 @@ def test_foreign_folder_is_never_emptied(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"architectures": ["BertModel"], "model_type": "bert", "hidden_size": 768, "seed": 1},
+        {},
+        ["seed"],
+    ],
+)
+def test_a_config_of_another_program_is_no_leave_to_empty_its_folder(tmp_path, content):
+    write_json(tmp_path / "config.json", content)
+    (tmp_path / "model.safetensors").write_text("weights")
+    for overwrite in (False, True):
+        with pytest.raises(ArtifactError, match="was not written by this command"):
+            claim_folder(tmp_path, {"plan": {}, "rate": 1, "seed": 0}, overwrite=overwrite)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_settings_that_a_version_added_do_not_stop_an_overwrite(tmp_path):
+    claim_folder(tmp_path, {"plan": {}, "seed": 0})
+    assert claim_folder(tmp_path, {"plan": {}, "rate": 1, "seed": 0}, overwrite=True) is False
+
+
+@pytest.mark.parametrize("below", [".", "inner"])
+def test_a_file_where_a_folder_should_be_is_named(tmp_path, below):
+    path = tmp_path / "out"
+    path.write_text("a file")
+    with pytest.raises(ArtifactError, match=r"out.*a\.json' cannot be written"):
+        write_json(path / below / "a.json", {})
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        claim_folder(path / below, {"seed": 0}, overwrite=True)
+    assert path.read_text() == "a file"
+
+
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"x": 1})
