@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffcal.calibration.metrics.histogram import ConfidenceHistogram
 from diffcal.calibration.metrics.inputs import Confidences
-from diffcal.calibration.metrics.profile import Profile, segment_sums
+from diffcal.calibration.metrics.profile import Profile, joined, parted, segment_sums
 from diffcal.errors import ConfigError
 
 __all__ = [
@@ -197,6 +197,10 @@ def _bin_sums(scores: Confidences, n_bins: int, scheme: str, compat: str | None)
         return _sums_of_pieces(scores, edges, lambda part: assign_width(part, n_bins))
     if scheme == "mass":
         sorted_already = scores.is_cached("profile")
+        if not sorted_already and scores.raw_outcome.dtype == torch.bool and c.device.type == "cpu":
+            made = _mass_sums_by_selection(c, scores.raw_outcome, n_bins)
+            if made is not None:
+                return made
         edges = (
             mass_edges(scores.profile, n_bins)
             if sorted_already
@@ -228,6 +232,28 @@ def _sums_of_histogram(scores: Confidences, n_bins: int, scheme: str) -> BinSums
         edges = _midpoints(table.order_statistics(_around(len(scores), n_bins)))
     count, confidence, outcome = table.sums(edges)
     return BinSums(edges, count, confidence, outcome, len(scores))
+
+
+def _mass_sums_by_selection(c: Tensor, right: Tensor, n_bins: int) -> BinSums | None:
+    """Sums over bins of equal mass as selection parts the examples; None if ties cross a border."""
+    ranks = _around(len(c), n_bins)
+    last, first = ranks.chunk(2) if len(ranks) else (ranks, ranks)
+    key = joined(c, right)
+    if len(ranks) > SELECTIONS:
+        key.numpy().sort()
+    elif len(ranks):
+        key.numpy().partition(ranks.numpy())
+    values, hits = parted(key)
+    edges = _midpoints(values[ranks])
+    inner = edges[1:-1]
+    if len(inner) != len(last) or not bool(
+        ((values[last] <= inner) & (inner < values[first])).all()
+    ):
+        return None
+    starts = np.concatenate([[0], first.numpy()])
+    count = torch.from_numpy(np.diff(starts, append=len(c))).double()
+    confidence, outcome = (np.add.reduceat(part.numpy(), starts) for part in (values, hits))
+    return BinSums(edges, count, torch.from_numpy(confidence), torch.from_numpy(outcome), len(c))
 
 
 def _sums_of_pieces(

@@ -5,10 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["Profile", "segment_sums", "sort_with_order", "sort_with_outcome"]
+__all__ = [
+    "Profile",
+    "joined",
+    "parted",
+    "segment_sums",
+    "sort_with_order",
+    "sort_with_outcome",
+]
 
 
 PIECE = 1 << 16
@@ -84,13 +91,25 @@ def sort_with_outcome(
     if outcome.dtype != torch.bool:
         c, order = sort_with_order(confidence)
         return c, outcome[order].double()
-    # the bits of non-negative floats rise with their values and those up to 1 leave a bit for the
-    # outcome: whole numbers sort faster than floats with an order, and NumPy sorts them in place
-    key = confidence.add(0.0).view(torch.int64).mul_(2).add_(outcome)  # 0 + -0 is 0
+    key = joined(confidence, outcome)
     if key.device.type == "cpu":
         key.numpy().sort()
     else:
         key = key.sort().values
+    return parted(key)
+
+
+def joined(confidence: Float[Tensor, " n"], right: Bool[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Each confidence in [0, 1] with its outcome as one whole number, which rises with it.
+
+    The bits of non-negative floats rise with their values and those up to 1 leave a bit for the
+    outcome: whole numbers sort faster than floats with an order, and NumPy sorts them in place.
+    """
+    return confidence.add(0.0).view(torch.int64).mul_(2).add_(right)  # 0 + -0 is 0
+
+
+def parted(key: Int[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Confidences and outcomes that :func:`joined` made one, in float64."""
     return (key >> 1).view(torch.float64), (key & 1).double()
 
 

@@ -1,50 +1,38 @@
 """The first reading of a classifier's outputs with hard labels on the CPU, fast.
 
 Of every row come the predicted class, the confidence, whether it was right, the log score and the
-Brier score. The time goes into one exponential in float64 per logit, which NumPy takes more than
-twice as fast as torch, so that everything here is NumPy. Rows are read in blocks that stay in the
-cache, by as many workers as torch has threads: NumPy lets go of the interpreter while it computes.
-Few classes run along the first axis of a block, so that every operation is a long one.
+Brier score. The time goes into one exponential per logit, which NumPy takes more than twice as fast
+as torch, so that everything here is NumPy; :mod:`row_exponentials` takes them of logits in single
+precision. Rows are read in blocks that stay in the cache, by as many workers as torch has threads:
+NumPy lets go of the interpreter while it computes. Few classes run along the first axis of a block,
+so that every operation is a long one; what is done to single numbers per row of many classes is done
+to thousands of rows at once.
 
-Logits are shifted by the largest of their row before anything else: rows that differ by a shift then
-have equal confidences to the last bit, and binned and ranking measures see their ties.
+Float64 logits are shifted by the largest of their row before anything else: rows that differ by a
+shift then have equal confidences to the last bit, and binned and ranking measures see their ties. So
+are float32 logits of few classes.
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from diffcal.calibration.metrics.row_exponentials import few_single, many_single
+from diffcal.calibration.metrics.row_values import RowValues, Table, Unreadable, first_largest
 
 __all__ = ["RowValues", "Unreadable", "read_rows"]
 
 BLOCK_ELEMENTS = 1 << 16
 """Entries of a float64 block: 512 KiB, half of a usual second-level cache."""
 
+MANY_ELEMENTS = 1 << 22
+"""Entries of the rows of many classes whose numbers are finished together."""
+
 FEW_CLASSES = 64
 """Below this, classes run along the first axis of a block."""
-
-Table = np.ndarray
-
-
-@dataclass(frozen=True)
-class RowValues:
-    """What was read of some rows, vectors of one length."""
-
-    predicted: Table
-    """Lowest index among equal maxima."""
-    confidence: Table
-    right: Table
-    log_score: Table | None = None
-    brier: Table | None = None
-    normaliser: Table | None = None
-    """Of logits their log-sum-exp, of probabilities their sum. None where scores were not wanted."""
-
-
-class Unreadable(ValueError):
-    """Some row is not finite or not a distribution; the careful path finds out which."""
 
 
 def read_rows(
@@ -72,26 +60,44 @@ def read_rows(
             the tolerance.
     """
     n, k = scores.shape
-    has_numpy = scores.dtype in (torch.float32, torch.float64)
     y = labels.numpy()
-    size = max(1, BLOCK_ELEMENTS // k)
+    single = scores.dtype != torch.float64
+    few = k < FEW_CLASSES
+    block_size = max(1, BLOCK_ELEMENTS * (2 if single else 1) // k)  # rows that fit the cache
+    together = not few and (single if logits else not with_scores)
+    size = max(block_size, MANY_ELEMENTS // k) if together else block_size
     starts = range(0, n, size)
     workers = max(1, min(torch.get_num_threads(), len(starts)))
     cuts = [len(starts) * i // workers for i in range(workers + 1)]
     shares = [starts[cuts[i] : cuts[i + 1]] for i in range(workers)]
+    has_numpy = scores.dtype in (torch.float32, torch.float64)
+    array = scores.numpy() if has_numpy else None
+
+    def block_of(rows: slice) -> Table:
+        return scores[rows].float().numpy() if array is None else array[rows]
+
+    def values_of(rows: slice, spare: Table) -> RowValues:
+        def within(part: slice) -> Table:
+            return block_of(slice(rows.start + part.start, rows.start + part.stop))
+
+        if logits and single:
+            if few:
+                return few_single(block_of(rows), y[rows], spare.reshape(-1), with_scores)
+            return many_single(within, y[rows], spare, with_scores)
+        if logits:
+            return _of_logits(block_of(rows), y[rows], spare.reshape(-1), with_scores)
+        if together:
+            return _of_many_probs(within, y[rows], block_size, k, sum_tolerance)
+        return _of_probs(
+            block_of(rows), y[rows], spare.reshape(-1), with_scores, eps, sum_tolerance
+        )
 
     def work(share: range) -> None:
-        spare = np.empty(size * k)
-        for start in share:
-            rows = slice(start, min(start + size, n))
-            part = scores[rows]
-            block = part.numpy() if has_numpy else part.float().numpy()
-            with np.errstate(all="ignore"):
-                if logits:
-                    values = _of_logits(block, y[rows], spare, with_scores)
-                else:
-                    values = _of_probs(block, y[rows], spare, with_scores, eps, sum_tolerance)
-            take(rows, values)
+        spare = np.empty((block_size, k), dtype=np.float32 if logits and single else np.float64)
+        with np.errstate(all="ignore"):
+            for start in share:
+                rows = slice(start, min(start + size, n))
+                take(rows, values_of(rows, spare))
 
     if workers == 1:
         work(shares[0])
@@ -125,25 +131,46 @@ def _of_logits(block: Table, y: Table, spare: Table, with_scores: bool) -> RowVa
     return RowValues(predicted, 1 / norm, right, log_norm - z_y, brier, log_norm + top)
 
 
+def _of_many_probs(
+    read: Callable[[slice], Table], y: Table, block_size: int, k: int, sum_tolerance: float
+) -> RowValues:
+    """Without scores, and without a copy: what is compared needs no more digits than are given."""
+    n = len(y)
+    predicted, top, sums = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n)
+    starts = np.arange(block_size)
+    low = np.inf
+    for start in range(0, n, block_size):
+        rows = slice(start, min(start + block_size, n))
+        p = read(rows)
+        chosen = p.argmax(axis=1, out=predicted[rows])
+        top[rows] = p[starts[: len(p)], chosen]
+        sums[rows] = p @ np.ones(k, dtype=p.dtype)
+        low = np.minimum(low, p.min())  # keeps NaN
+    _require_distributions(low, sums, sum_tolerance)
+    return RowValues(predicted, np.minimum(top, 1), predicted == y)
+
+
 def _of_probs(
     block: Table, y: Table, spare: Table, with_scores: bool, eps: float, sum_tolerance: float
 ) -> RowValues:
-    few = block.shape[1] < FEW_CLASSES
-    copied = few or with_scores
-    p, axis, places = _laid_out(block, spare) if copied else (block, 1, _by_row(block))
+    p, axis, places = _laid_out(block, spare)
     low = block.min() if axis else p.min()
-    # the precision of the input tells well enough whether a sum lies well inside the tolerance
     sums = _sums(p, axis)
-    if not (low >= 0 and np.abs(sums - 1).max() <= sum_tolerance / 2):
-        raise Unreadable
+    _require_distributions(low, sums, sum_tolerance)
     predicted, top = _largest(block, p, axis, places)
     confidence, right = np.minimum(top, 1), predicted == y
     if not with_scores:
         return RowValues(predicted, confidence, right)
-    p_y = _taken(p, places(y))
+    p_y = p.reshape(-1)[places(y)]
     brier = _square_sums(p, axis) - p_y**2 + (1 - p_y) ** 2
     log_score = -np.log(np.maximum(p_y, eps))  # infinite where an impossible class occurred
     return RowValues(predicted, confidence, right, log_score, brier, sums)
+
+
+def _require_distributions(low: np.floating | float, sums: Table, sum_tolerance: float) -> None:
+    # rounding of the sums does not matter well inside the tolerance
+    if not (low >= 0 and np.abs(sums - 1).max() <= sum_tolerance / 2):
+        raise Unreadable
 
 
 def _laid_out(block: Table, spare: Table) -> tuple[Table, int, Callable[[Table], Table]]:
@@ -156,13 +183,8 @@ def _laid_out(block: Table, spare: Table) -> tuple[Table, int, Callable[[Table],
         return e, 0, lambda classes: classes.astype(np.int64) * m + rows
     e = spare[: m * k].reshape(m, k)
     np.copyto(e, block)
-    return e, 1, _by_row(block)
-
-
-def _by_row(block: Table) -> Callable[[Table], Table]:
-    m, k = block.shape
     starts = np.arange(0, m * k, k)
-    return lambda classes: starts + classes
+    return e, 1, lambda classes: starts + classes
 
 
 def _largest(
@@ -171,22 +193,8 @@ def _largest(
     """Index of the first maximum of each row, and the maximum in float64."""
     if axis:
         index = block.argmax(axis=1)
-        return index, _taken(e, places(index))
-    top = e.max(axis=0)
-    # argmax is slow on this axis; small integers step back through the classes at the maximum
-    at = (e == top).view(np.int8)
-    index = np.full(e.shape[1], len(e) - 1, dtype=np.int8)
-    step = np.empty_like(index)
-    for k in range(len(e) - 2, -1, -1):
-        np.subtract(np.int8(k), index, out=step)
-        step *= at[k]
-        index += step
-    return index, top
-
-
-def _taken(e: Table, places: Table) -> Table:
-    flat = e.reshape(-1) if e.flags.c_contiguous else e.flat
-    return flat[places].astype(np.float64)
+        return index, e.reshape(-1)[places(index)]
+    return first_largest(e)
 
 
 def _sums(e: Table, axis: int) -> Table:

@@ -1,11 +1,15 @@
 """Quick paths for large CPU inputs against the plain ones: first reading, histogram, integer sort."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from diffcal.calibration.metrics import binning, inputs, row_reading
+from diffcal.calibration.metrics import binning, inputs, row_exponentials, row_reading
 from diffcal.calibration.metrics.inputs import Confidences, Predictions
 from diffcal.calibration.metrics.profile import sort_with_order, sort_with_outcome
+from diffcal.errors import DataError
 
 
 def plainly_read(monkeypatch, **given):
@@ -25,7 +29,8 @@ def test_first_reading(monkeypatch, dtype, k, whole):
     z = torch.randn(400, k) * 4
     z = (z.round() if whole else z).to(dtype)  # whole numbers tie
     y = torch.randint(k, (400,))
-    monkeypatch.setattr(row_reading, "BLOCK_ELEMENTS", 50 * k)
+    monkeypatch.setattr(row_reading, "BLOCK_ELEMENTS", 25 * k)
+    monkeypatch.setattr(row_reading, "MANY_ELEMENTS", 120 * k)
     monkeypatch.setattr(row_reading.torch, "get_num_threads", lambda: 3)
     kind = torch.float64 if dtype == torch.float64 else torch.float32
     shapes = ({"logits": z}, {"logits": z.t().contiguous().t()}, {"probs": z.to(kind).softmax(1)})
@@ -34,17 +39,89 @@ def test_first_reading(monkeypatch, dtype, k, whole):
         plain = plainly_read(monkeypatch, **given, labels=y)
         assert torch.equal(quick.predicted, plain.predicted)
         assert torch.equal(quick.outcome, plain.outcome)
-        torch.testing.assert_close(quick.confidence, plain.confidence, rtol=1e-14, atol=0)
-        assert quick.mean_log_score == pytest.approx(plain.mean_log_score, rel=1e-13)
-        assert quick.mean_brier == pytest.approx(plain.mean_brier, rel=1e-13)
-        torch.testing.assert_close(quick.log_score, plain.log_score, rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(quick.brier, plain.brier, rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(quick.class_probs(1), plain.class_probs(1), rtol=1e-12, atol=0)
+        single = "logits" in given and dtype != torch.float64
+        far, near = (1e-5, 1e-6) if single else (1e-12, 1e-13)
+        torch.testing.assert_close(quick.confidence, plain.confidence, rtol=near, atol=0)
+        assert quick.mean_log_score == pytest.approx(plain.mean_log_score, rel=near)
+        assert quick.mean_brier == pytest.approx(plain.mean_brier, rel=near)
+        torch.testing.assert_close(quick.log_score, plain.log_score, rtol=far, atol=1e-15)
+        torch.testing.assert_close(quick.brier, plain.brier, rtol=far, atol=1e-15)
+        torch.testing.assert_close(quick.class_probs(1), plain.class_probs(1), rtol=far, atol=0)
 
 
-@pytest.mark.parametrize("k", [10, 100])
-def test_a_shift_of_a_row_keeps_its_confidence_to_the_bit(k):
-    z = torch.randn(50, k, generator=torch.Generator().manual_seed(k)).mul(8).round()
+EXPONENTIALS = [(np.exp2, np.float32(1 / math.log(2))), (np.exp, None)]
+
+
+@pytest.mark.parametrize(("exponential", "scale"), EXPONENTIALS)
+@pytest.mark.parametrize("k", [7, 200, 5000])
+def test_single_precision_is_as_good_as_its_logits(monkeypatch, exponential, scale, k):
+    monkeypatch.setattr(row_exponentials, "EXPONENTIAL", exponential)
+    monkeypatch.setattr(row_exponentials, "SCALE", scale)
+    monkeypatch.setattr(row_reading, "BLOCK_ELEMENTS", 10 * k)
+    generator = torch.Generator().manual_seed(k)
+    z = torch.randn(120, k, generator=generator)
+    # from flat to certain rows, far from 0 on either side, and beyond what exp takes in float32
+    z *= torch.tensor([0.01, 1.0, 4.0, 20.0, 300.0, 1e5]).repeat(20)[:, None]
+    for offset in (0.0, 50.0, -50.0, 1e4):
+        logits = z + offset
+        y = torch.where(torch.arange(120) % 2 == 0, logits.argmax(1), torch.arange(120) % k)
+        made = Predictions(logits=logits, labels=y)
+        exact = logits.double()
+        gaps = exact - exact.amax(1, keepdim=True)
+        others = gaps.exp().scatter_(1, exact.argmax(1, keepdim=True), 0).sum(1)
+        far = 2.0**-24 * (16 + 2 * logits.abs().clamp(max=100).amax(1))
+
+        def within(value, wanted, far=far):
+            return bool(((value - wanted).abs() <= far * wanted.abs() + 1e-36).all())
+
+        assert within(made.confidence, 1 / (1 + others))
+        miss = others / (1 + others)
+        right = made.outcome == 1
+        assert within(1 - made.confidence, miss, far + 2e-16 / miss.clamp(min=1e-300))
+        log_score = others.log1p() - gaps.gather(1, y[:, None])[:, 0]
+        assert within(made.log_score, log_score)
+        assert within(made.brier[~right], exact_brier(gaps, y)[~right], far[~right])
+        assert bool((made.log_score[right] > 0).any())  # not rounded away beside 1
+
+
+def exact_brier(gaps, y):
+    p = gaps.softmax(1)
+    return (p - torch.nn.functional.one_hot(y, p.shape[1])).square().sum(1)
+
+
+@pytest.mark.parametrize("k", [10, 300])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, -3e38])
+def test_one_logit_is_seen_wherever_it_lies(monkeypatch, k, value):
+    monkeypatch.setattr(row_reading, "BLOCK_ELEMENTS", 10 * k)
+    for row, column in ((0, 0), (67, k // 2), (149, k - 1)):
+        z = torch.randn(150, k)
+        z[row, column] = value
+        y = torch.zeros(150, dtype=torch.int64)
+        if math.isfinite(value):
+            made, plain = Predictions(logits=z, labels=y), Predictions(logits=z.double(), labels=y)
+            torch.testing.assert_close(made.confidence, plain.confidence, rtol=1e-6, atol=0)
+            torch.testing.assert_close(made.log_score, plain.log_score, rtol=1e-6, atol=1e-300)
+            continue
+        for with_scores in (True, False):
+            with pytest.raises(DataError, match=f"the first is row {row}"):
+                Predictions(logits=z, labels=y, with_scores=with_scores)
+
+
+@pytest.mark.parametrize("k", [10, 100, 5000])
+@pytest.mark.parametrize("kind", ["logits", "probs"])
+def test_equal_rows_have_equal_confidences_to_the_bit(k, kind):
+    row = torch.randn(1, k, generator=torch.Generator().manual_seed(k)) * 3
+    rows = (row if kind == "logits" else row.softmax(1)).expand(203, k).contiguous()
+    logits, probs = (rows, None) if kind == "logits" else (None, rows)
+    made = Predictions(logits=logits, probs=probs, labels=torch.zeros(203, dtype=torch.int64))
+    assert len(made.confidence.unique()) == 1
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype"), [(10, torch.float32), (10, torch.float64), (100, torch.float64)]
+)
+def test_a_shift_of_a_row_keeps_its_confidence_to_the_bit(k, dtype):
+    z = torch.randn(50, k, generator=torch.Generator().manual_seed(k)).mul(8).round().to(dtype)
     y = torch.zeros(50, dtype=torch.int64)
     shifted = z + torch.arange(50)[:, None]
     one, two = (Predictions(logits=logits, labels=y).confidence for logits in (z, shifted))

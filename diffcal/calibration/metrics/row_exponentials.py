@@ -1,0 +1,171 @@
+"""Confidences and scores of logits in single precision, by exponentials in single precision.
+
+A float32 logit z is known to ``|z| 2^-24``, which alone leaves a probability uncertain by that part
+of itself. Exponentials in float64 resolve nothing more and take five times as long. What must not be
+lost is how near to 1 a confidence is: the largest exponential of a row is therefore left out of the
+sum, and of the rest r, a sum of positive numbers, follow
+
+    confidence 1/(1 + r),    its distance to 1 r/(1 + r),    log-sum-exp max z + log(1 + r)
+
+in float64. Their relative errors stay below ``2^-24 (16 + 2 max |z|)``, with logits beyond 100
+counted as 100, however close to 1 a confidence lies: at ordinary logits 1e-6 of the confidence and
+4e-6 of its distance to 1. Parts below 1e-38 of the largest count as nothing.
+
+Rows of few classes are shifted by their largest logit first, which is exact for rows that differ by a
+shift. Rows of many classes are shifted only where that is needed to stay inside the range of float32.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+
+import numpy as np
+
+from diffcal.calibration.metrics.row_values import RowValues, Table, Unreadable, first_largest
+
+__all__ = ["few_single", "many_single"]
+
+RANGE = 36.0
+"""Logits within ±36 need no shift: their exponentials, those's squares and sums of millions of them
+are ordinary float32 numbers."""
+
+SEGMENT = 4096
+"""Entries that are added up in float32 before float64 takes over."""
+
+
+def _fast_exponential() -> tuple[np.ufunc, np.float32 | None]:
+    """The faster of two exponentials, and what to multiply its argument by."""
+    found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    if sys.platform == "linux" and not {"AVX512_SKX", "X86_V4"}.isdisjoint(found):
+        return np.exp2, np.float32(1 / math.log(2))  # twice as fast as exp there, scalar elsewhere
+    return np.exp, None
+
+
+EXPONENTIAL, SCALE = _fast_exponential()
+
+
+def few_single(block: Table, y: Table, spare: Table, with_scores: bool) -> RowValues:
+    """Values of some rows ``[m, k]`` of fewer than 128 classes, which run along the first axis.
+
+    Args:
+        spare: float32, at least as many entries as ``block``; overwritten.
+
+    Raises:
+        Unreadable: NaN or infinity.
+    """
+    m, k = block.shape
+    flat = spare[: m * k]
+    e = flat.reshape(k, m)
+    np.copyto(e, block.T)
+    low = e.min()
+    index, top = first_largest(e)
+    _require_finite(low, top.max())
+    e -= top
+    rows = np.arange(m)
+    gap = -flat[y * m + rows].astype(np.float64) if with_scores else None
+    _exponentials(e, e)
+    flat[index.astype(np.int64) * m + rows] = 0
+    rest = e.sum(axis=0).astype(np.float64)
+    if gap is None:
+        return RowValues(index, 1 / (1 + rest), index == y)
+    squares = np.einsum("ij,ij->j", e, e).astype(np.float64)
+    return _scored(index, y, top.astype(np.float64), gap, rest, squares)
+
+
+def many_single(
+    read: Callable[[slice], Table], y: Table, spare: Table, with_scores: bool
+) -> RowValues:
+    """Values of ``len(y)`` rows of many classes, which ``read`` gives block by block as float32.
+
+    Args:
+        spare: float32, ``[rows of a block, k]``; overwritten.
+
+    Raises:
+        Unreadable: NaN or infinity.
+    """
+    first = read(slice(0, min(len(spare), len(y))))
+    values = None
+    if first.max() <= RANGE:  # nothing is known of the other rows yet
+        values = _many_single(read, y, spare, with_scores, shift=False)
+    if values is None:
+        values = _many_single(read, y, spare, with_scores, shift=True)
+    assert values is not None
+    return values
+
+
+def _many_single(
+    read: Callable[[slice], Table], y: Table, spare: Table, with_scores: bool, *, shift: bool
+) -> RowValues | None:
+    """None where a row that was not shifted needed it."""
+    n, (size, k) = len(y), spare.shape
+    flat, starts = spare.reshape(-1), np.arange(0, size * k, k)
+    index, most, rest = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n)
+    top, gap, squares = (np.empty(n if with_scores else 0) for _ in range(3))
+    for start in range(0, n, size):
+        rows = slice(start, min(start + size, n))
+        block = read(rows)
+        e = spare[: len(block)]
+        chosen = block.argmax(axis=1, out=index[rows])
+        each = np.arange(len(block))
+        low = block.min()
+        if shift or not low >= -RANGE:
+            largest = block[each, chosen]
+            _require_finite(low, largest.max())  # NaN is both the least and the largest
+            np.subtract(block, largest[:, None], out=e)
+            _exponentials(e, e)
+        else:
+            _exponentials(block, e)
+        places = chosen + starts[: len(block)]
+        most[rows] = flat[places]
+        flat[places] = 0
+        rest[rows] = _row_sums(e)
+        if with_scores:
+            top[rows] = block[each, chosen]
+            gap[rows] = block[each, y[rows]]
+            squares[rows] = np.einsum("ij,ij->i", e, e)
+    if not most.max() <= math.exp(RANGE):
+        return None
+    rest /= most
+    if not with_scores:
+        return RowValues(index, 1 / (1 + rest), index == y)
+    squares /= most
+    squares /= most
+    return _scored(index, y, top, np.subtract(top, gap, out=gap), rest, squares)
+
+
+def _require_finite(low: np.floating, high: np.floating) -> None:
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise Unreadable
+
+
+def _exponentials(z: Table, out: Table) -> None:
+    if SCALE is not None:
+        z = np.multiply(z, SCALE, out=out)
+    EXPONENTIAL(z, out=out)
+
+
+def _row_sums(e: Table) -> Table:
+    """The same for equal rows wherever they lie, which a matrix product would not promise."""
+    total = np.einsum("ij->i", e[:, :SEGMENT]).astype(np.float64)
+    for i in range(SEGMENT, e.shape[1], SEGMENT):
+        total += np.einsum("ij->i", e[:, i : i + SEGMENT])
+    return total
+
+
+def _scored(
+    index: Table, y: Table, top: Table, gap: Table, rest: Table, squares: Table
+) -> RowValues:
+    """Values from float64 vectors.
+
+    Args:
+        top: Largest logit.
+        gap: How far below it the label's lies.
+        rest: Sum of the other exponentials over the largest; ``squares`` that of their squares.
+    """
+    right = index == y
+    log_norm, norm = np.log1p(rest), 1 + rest
+    label = np.exp(-gap)
+    missed = np.where(right, rest, norm - label)
+    others = np.where(right, squares, np.maximum(squares - label**2, 0) + 1)
+    brier = (missed**2 + others) / norm / norm
+    return RowValues(index, 1 / norm, right, log_norm + gap, brier, log_norm + top)
