@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffcal.calibration.losses.adafocal import after_epoch
-from diffcal.calibration.losses.class_weights import safe_power
+from diffcal.calibration.losses.class_weights import StepPower, safe_power
 from diffcal.calibration.losses.contract import Contract, RowLoss, loss_rows, reduced
 from diffcal.calibration.losses.dual_focal import of_true_and_below
 from diffcal.calibration.losses.epoch_loss import EpochEnd, EpochLoss
@@ -51,10 +51,12 @@ def dual_focal_by_gap(
     def loss(log_p: Tensor, below: Tensor) -> Tensor:
         rest = below.exp() - log_p.expm1()
         table, steps = gammas.to(rest), edges.to(rest).contiguous()
-        gamma = table[torch.bucketize((1 - rest).detach(), steps, right=edge_above)]
+        gap = (1 - rest).detach().contiguous()
+        gamma = table[torch.bucketize(gap, steps, right=edge_above)]
         return -safe_power(rest, gamma) * log_p
 
-    return reduced(of_true_and_below(rows, loss), rows, contract)
+    weight = StepPower(gammas, edges, edge_above)
+    return reduced(of_true_and_below(rows, loss, weight), rows, contract)
 
 
 def dual_flsd(

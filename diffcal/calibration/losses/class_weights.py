@@ -18,6 +18,9 @@ __all__ = ["ClassWeight", "StepPower", "TopLabelBrier", "safe_power"]
 SMALL_POWERS = range(-8, 9)
 """Exponents taken by products, 20 times faster than a power."""
 
+FEW_BEYOND = 4096
+"""Values below which looking up their step is quicker than comparing all of them with each edge."""
+
 DENSE = 64
 """Classes below which a step of small powers is taken on all of them."""
 
@@ -95,23 +98,30 @@ class StepPower:
                 if du is not None and dv is not None:
                     du.addcmul_(dv.sub_(du), beyond)
             return u, du
-        # of many classes few have a probability beyond the first edge
-        values, edge = p.numpy(), p.new_tensor(edges[0]).numpy()
-        places = torch.from_numpy(
-            np.flatnonzero(values >= edge if self.edge_above else values > edge)
+        # of many classes few have a probability beyond the first edge; NumPy's calls cost less
+        values, other, (weights, slopes) = (
+            p.numpy(),
+            rest.numpy(),
+            (None if x is None else x.numpy().reshape(-1) for x in (u, du)),
         )
-        if len(places):
-            some, some_rest = (x.view(-1).index_select(0, places) for x in (p, rest))
-            gamma = torch.full_like(some, gammas[1])
-            beyond = torch.empty_like(some)
-            compare = torch.ge if self.edge_above else torch.gt
-            for edge, before, after in zip(edges[1:], gammas[1:], gammas[2:], strict=False):
-                gamma.add_(compare(some, edge, out=beyond), alpha=after - before)
-            base = torch.where(gamma >= 0, some_rest, 1 + some)
-            power = base ** gamma.abs()
-            u.view(-1).index_copy_(0, places, power)
-            if du is not None:
-                du.view(-1).index_copy_(0, places, -gamma * power / base)
+        steps, table = (np.array(x, dtype=values.dtype) for x in (edges, gammas))
+        compare = np.greater_equal if self.edge_above else np.greater
+        places = np.flatnonzero(compare(values, steps[0]))
+        if not len(places):
+            return u, du
+        some, some_rest = values.reshape(-1)[places], other.reshape(-1)[places]
+        if len(some) < FEW_BEYOND:
+            gamma = table[np.searchsorted(steps, some, "right" if self.edge_above else "left")]
+        else:
+            gamma = np.full_like(some, table[1])
+            for edge, step in zip(steps[1:], np.diff(table[1:]), strict=True):
+                gamma += compare(some, edge) * step
+        base = np.where(gamma >= 0, some_rest, 1 + some)
+        power = base ** np.abs(gamma)
+        assert weights is not None
+        weights[places] = power
+        if slopes is not None:
+            slopes[places] = -gamma * power / base
         return u, du
 
     def _steps(self) -> tuple[list[float], list[float]]:

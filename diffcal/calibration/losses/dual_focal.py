@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcal.calibration.losses.class_weights import safe_power
+from diffcal.calibration.losses.class_weights import StepPower, safe_power
 from diffcal.calibration.losses.contract import Contract, RowLoss, Rows, loss_rows, reduced
-from diffcal.calibration.losses.expectation import check_gamma, expected_loss
-from diffcal.calibration.losses.row_blocks import in_blocks
+from diffcal.calibration.losses.expectation import check_gamma
+from diffcal.calibration.losses.expected_gap import expected_gap_loss
+from diffcal.calibration.losses.row_blocks import in_blocks, row_blocks
 from diffcal.calibration.losses.row_statistics import row_statistics
 
 __all__ = ["DualFocal", "DualFocalGra", "dual_focal", "dual_focal_gra", "of_true_and_below"]
@@ -55,7 +56,7 @@ def dual_focal(
     def loss(log_p: Tensor, below: Tensor) -> Tensor:
         return -safe_power(below.exp() - log_p.expm1(), gamma) * log_p
 
-    return reduced(of_true_and_below(rows, loss), rows, contract)
+    return reduced(of_true_and_below(rows, loss, StepPower((gamma,))), rows, contract)
 
 
 def dual_focal_gra(
@@ -85,7 +86,8 @@ def dual_focal_gra(
         weight_log_p = log_p if released else log_p.detach()
         return -safe_power(below.detach().exp() - weight_log_p.expm1(), gamma) * log_p
 
-    return reduced(of_true_and_below(rows, loss), rows, contract)
+    weight = StepPower((gamma,), constant=not released)
+    return reduced(of_true_and_below(rows, loss, weight, below_held=True), rows, contract)
 
 
 class DualFocal(RowLoss):
@@ -119,20 +121,31 @@ class DualFocalGra(RowLoss):
         )
 
 
-def of_true_and_below(rows: Rows, loss: Callable[[Tensor, Tensor], Tensor]) -> Float[Tensor, " n"]:
-    """``loss(l_y, l_j)`` of each row; the expectation over y for soft targets."""
+def of_true_and_below(
+    rows: Rows,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    weight: StepPower,
+    *,
+    below_held: bool = False,
+) -> Float[Tensor, " n"]:
+    """``loss(l_y, l_j)`` of each row; the expectation over y for soft targets.
+
+    Args:
+        weight: ``loss`` is ``-weight(p_y - p_j) l_y``.
+        below_held: It holds ``p_j`` constant in gradients.
+    """
     if rows.soft is None:
         statistics = row_statistics(rows, below=True)
         assert statistics.below is not None
         return loss(-statistics.cross_entropy, statistics.below)
     few = _few_classes(rows)
-    if few is not None:
-        total = rows.logits.new_zeros(len(rows.logits))
-        for mass, labels in zip(*(part.unbind(1) for part in few), strict=True):
-            values = of_true_and_below(Rows(rows.logits, labels, None, None, rows.shape), loss)
-            total = total + torch.where(mass > 0, mass * values, 0)
-        return total
-    return expected_loss(rows, lambda z, log_p, dim: loss(log_p, _below_each_class(z, log_p, dim)))
+    if few is None:
+        return expected_gap_loss(rows, loss, weight, below_held=below_held)
+    total = rows.logits.new_zeros(len(rows.logits))
+    for mass, labels in zip(*(part.unbind(1) for part in few), strict=True):
+        values = of_true_and_below(Rows(rows.logits, labels, None, None, rows.shape), loss, weight)
+        total = total + torch.where(mass > 0, mass * values, 0)
+    return total
 
 
 def _few_classes(rows: Rows) -> tuple[Tensor, Tensor] | None:
@@ -143,24 +156,14 @@ def _few_classes(rows: Rows) -> tuple[Tensor, Tensor] | None:
     assert rows.soft is not None
     if not in_blocks(rows.logits, rows.soft):
         return None
-    most = int(rows.soft.sign().sum(dim=1).max())
-    if not 0 < most <= FEW < rows.soft.shape[1]:
+    if rows.soft.shape[1] <= FEW:
+        return None
+    most = 0
+    for part, _ in row_blocks(rows.soft):
+        most = max(most, int(rows.soft[part].sign().sum(dim=1).max()))
+        if most > FEW:
+            return None
+    if most == 0:
         return None
     masses, classes = rows.soft.topk(most, dim=1)
     return masses, classes
-
-
-def _below_each_class(z: Tensor, log_p: Tensor, dim: int) -> Tensor:
-    """Log-probability of the best class strictly below each class; -inf for the last ones."""
-    with torch.no_grad():
-        # equal values keep their order, so that the first of tied classes comes last and is chosen
-        ascending, order = z.movedim(dim, -1).flip(-1).sort(dim=-1, stable=True)
-        order = z.shape[dim] - 1 - order
-        first_equal = torch.searchsorted(ascending.contiguous(), ascending.contiguous())
-        place = order.gather(-1, (first_equal - 1).clamp(min=0))
-        exists = first_equal > 0
-        # from sorted places back to classes
-        below = torch.empty_like(place).scatter_(-1, order, place)
-        has = torch.empty_like(exists).scatter_(-1, order, exists)
-    below, has = below.movedim(-1, dim), has.movedim(-1, dim)
-    return torch.where(has, log_p.gather(dim, below), -torch.inf)

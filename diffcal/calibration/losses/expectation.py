@@ -10,7 +10,13 @@ from torch.autograd.function import FunctionCtx
 
 from diffcal.calibration.losses.class_weights import ClassWeight
 from diffcal.calibration.losses.contract import Rows
-from diffcal.calibration.losses.row_blocks import block_of, by_blocks, in_blocks, row_blocks
+from diffcal.calibration.losses.row_blocks import (
+    CLASSES_FIRST,
+    block_of,
+    by_blocks,
+    in_blocks,
+    row_blocks,
+)
 from diffcal.calibration.losses.statistics_blocks import UNDERFLOWN
 from diffcal.errors import ConfigError
 
@@ -19,8 +25,10 @@ __all__ = [
     "beyond_rounding",
     "check_gamma",
     "check_soft_form",
+    "expected_in_closed_form",
     "expected_loss",
     "expected_weighted_loss",
+    "probabilities",
 ]
 
 Soft = Literal["expectation", "distance"]
@@ -54,18 +62,50 @@ def expected_loss(
 def expected_weighted_loss(rows: Rows, weight: ClassWeight) -> Float[Tensor, " n"]:
     """``-sum_k q_k u_k ln p_k`` of each row of soft targets, by blocks in closed form where it pays.
 
-    With ``h_k = -q_k (u_k + p_k u_k' ln p_k)``, the derivative in ``ln p_k``, the gradient in the
-    logits is ``h - p sum_k h_k``.
+    With ``h_k = q_k (u_k + p_k u_k' ln p_k)``, minus the derivative in ``ln p_k``, the gradient in the
+    logits is ``p sum_k h_k - h``.
     """
-    assert rows.soft is not None
-    if in_blocks(rows.logits, rows.soft):
-        return _BlockedExpectation.apply(rows.logits, rows.soft, weight)  # type: ignore[no-any-return]
-    return _weighted(rows.logits, rows.soft, weight)
+
+    def plain(z: Tensor, soft: Tensor, dim: int) -> Tensor:
+        log_p = torch.log_softmax(z, dim)
+        return -torch.where(soft > 0, soft * weight.of(log_p, dim) * log_p, 0).sum(dim)
+
+    def block(z: Tensor, q: Tensor, dim: int, out: Tensor | None) -> Tensor:
+        log_p, p, rest = probabilities(z, dim)
+        h, du = weight.in_block(p, rest, dim, out is not None)
+        h.mul_(q)
+        values = torch.mul(h, log_p, out=rest).sum(dim).neg_()
+        if out is not None:
+            if du is not None:
+                h.addcmul_(du.mul_(p).mul_(q), log_p.clamp_(min=UNDERFLOWN))
+            torch.mul(p, h.sum(dim, keepdim=True), out=out).sub_(h)
+        return values
+
+    return expected_in_closed_form(rows, plain, block, CLASSES_FIRST)
 
 
-def _weighted(z: Tensor, soft: Tensor, weight: ClassWeight, dim: int = 1) -> Tensor:
-    log_p = torch.log_softmax(z, dim)
-    return -torch.where(soft > 0, soft * weight.of(log_p, dim) * log_p, 0).sum(dim)
+Plain = Callable[[Tensor, Tensor, int], Tensor]
+"""(logits, soft targets, axis of the classes) to one value per row, differentiable."""
+
+Block = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
+"""The same without autograd, which writes the gradient of each value into the last argument, if any.
+
+Where a value is NaN, 0 ln 0 among its terms, the plain one counts; its gradient must be right."""
+
+
+def expected_in_closed_form(
+    rows: Rows, plain: Plain, block: Block, classes_first: int
+) -> Float[Tensor, " n"]:
+    """Losses of rows of soft targets, by blocks in closed form where it pays.
+
+    Args:
+        classes_first: Number of classes below which blocks hold them on the first axis.
+    """
+    z, soft = rows.logits, rows.soft
+    assert soft is not None
+    if in_blocks(z, soft):
+        return _BlockedExpectation.apply(z, soft, plain, block, classes_first)  # type: ignore[no-any-return]
+    return plain(z, soft, 1)
 
 
 class _BlockedExpectation(torch.autograd.Function):
@@ -76,13 +116,17 @@ class _BlockedExpectation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, z: Tensor, soft: Tensor, weight: ClassWeight) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, z: Tensor, soft: Tensor, plain: Plain, block: Block, classes_first: int
+    ) -> Tensor:
         ctx.save_for_backward(z, soft)
-        ctx.weight = weight  # type: ignore[attr-defined]
+        ctx.functions = plain, block, classes_first  # type: ignore[attr-defined]
         values, ctx.gradient = _values(  # type: ignore[attr-defined]
             z,
             soft,
-            weight,
+            plain,
+            block,
+            classes_first,
             ctx.needs_input_grad[0],  # type: ignore[attr-defined]
         )
         return values
@@ -90,50 +134,40 @@ class _BlockedExpectation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         z, soft = ctx.saved_tensors  # type: ignore[attr-defined]
-        weight: ClassWeight = ctx.weight  # type: ignore[attr-defined]
+        plain, block, classes_first = ctx.functions  # type: ignore[attr-defined]
         (slope,) = grads
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-            values = _weighted(z, soft, weight)
-            (grad,) = torch.autograd.grad(values, z, slope, create_graph=True)
-            return grad, None, None
+            (grad,) = torch.autograd.grad(plain(z, soft, 1), z, slope, create_graph=True)
+            return grad, None, None, None, None
         kept, ctx.gradient = ctx.gradient, None  # type: ignore[attr-defined]
         if kept is None:
-            _, kept = _values(z, soft, weight, True)
+            _, kept = _values(z, soft, plain, block, classes_first, True)
         assert kept is not None
-        return kept.mul_(slope.unsqueeze(1)), None, None
+        return kept.mul_(slope.unsqueeze(1)), None, None, None, None
 
 
 def _values(
-    z: Tensor, soft: Tensor, weight: ClassWeight, with_gradient: bool
+    z: Tensor, soft: Tensor, plain: Plain, block: Block, classes_first: int, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of each row and, if asked, its gradient in the row's logits, by blocks."""
     out = None
     if with_gradient:
         out = torch.empty_like(z, memory_format=torch.contiguous_format)
     parts = []
-    for rows, dim in row_blocks(z):
-        block, _, q = block_of(z, None, soft, rows, dim)
+    for rows, dim in row_blocks(z, classes_first=classes_first):
+        part, _, q = block_of(z, None, soft, rows, dim)
         assert q is not None
-        log_p, p, rest = _probabilities(block, dim)
-        h, du = weight.in_block(p, rest, dim, with_gradient)
-        h.mul_(q)
-        values = torch.mul(h, log_p, out=rest).sum(dim).neg_()
+        grad = None if out is None else out[rows] if dim == 1 else torch.empty_like(part)
+        values = block(part, q, dim, grad)
         if not bool(values.isfinite().all()):  # 0 * infinity is NaN, and must be 0
-            values = _weighted(block, q, weight, dim)
+            values = plain(part, q, dim)
         parts.append(values)
-        if out is None:
-            continue
-        if du is not None:
-            h.addcmul_(du.mul_(p).mul_(q), log_p.clamp_(min=UNDERFLOWN))
-        total = h.sum(dim, keepdim=True)
-        if dim == 1:
-            torch.mul(p, total, out=out[rows]).sub_(h)
-        else:
-            out[rows] = p.mul_(total).sub_(h).t()
+        if out is not None and grad is not None and dim == 0:
+            out[rows] = grad.t()
     return torch.cat(parts), out
 
 
-def _probabilities(z: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def probabilities(z: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """``ln p``, ``p`` and ``1 - p`` of a block."""
     log_p, p = torch.log_softmax(z, dim), torch.softmax(z, dim)
     rest = 1 - p

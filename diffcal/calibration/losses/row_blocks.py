@@ -14,7 +14,15 @@ from torch.autograd.function import FunctionCtx
 
 from diffcal.calibration.losses.contract import Rows
 
-__all__ = ["BLOCK_ELEMENTS", "Formula", "block_of", "by_blocks", "in_blocks", "row_blocks"]
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "CLASSES_FIRST",
+    "Formula",
+    "block_of",
+    "by_blocks",
+    "in_blocks",
+    "row_blocks",
+]
 
 BLOCK_ELEMENTS = 1 << 16
 """Logits per block and thread (256 KB in float32), and the size from which blocks are used."""
@@ -51,11 +59,13 @@ def in_blocks(z: Tensor, soft: Tensor | None, per_logit: int = 1) -> bool:
     return soft is None or not soft.requires_grad
 
 
-def row_blocks(z: Tensor, per_logit: int = 1) -> list[tuple[slice, int]]:
+def row_blocks(
+    z: Tensor, per_logit: int = 1, classes_first: int = CLASSES_FIRST
+) -> list[tuple[slice, int]]:
     """Rows of each block and the axis on which it holds the classes."""
     count, classes = z.shape
     size = max(1, BLOCK_ELEMENTS * torch.get_num_threads() // (classes * per_logit))
-    dim = 0 if classes < CLASSES_FIRST else 1
+    dim = 0 if classes < classes_first else 1
     return [(slice(start, start + size), dim) for start in range(0, count, size)]
 
 

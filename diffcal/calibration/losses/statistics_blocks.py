@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["UNDERFLOWN", "Excess", "Wanted", "block_gradient", "block_statistics"]
+__all__ = ["UNDERFLOWN", "Excess", "Wanted", "block_gradient", "block_statistics", "large"]
 
 UNDERFLOWN = -1e4
 """A log-probability whose probability is 0 in every format, so that 0 ln 0 comes out as 0."""
@@ -74,7 +74,7 @@ def block_statistics(
     if wanted.below:
         assert index is not None
         best = _below(z, log_p, index, dim, spare).squeeze(dim)
-        values.append(torch.where(best > -_large(z) / 2, best, -torch.inf))
+        values.append(torch.where(best > -large(z) / 2, best, -torch.inf))
     top = z.amax(dim, keepdim=True) if wanted.top or wanted.excess is not None else None
     if wanted.top and top is not None:
         values.append(top.squeeze(dim))
@@ -136,7 +136,7 @@ def block_gradient(
         spare = torch.empty_like(z)
         best = _below(z, z, index, dim, spare)
         hits = _only_first(spare.eq_(best), dim)
-        at_below = torch.where(best > -_large(z) / 2, next(pairs)[0], 0)
+        at_below = torch.where(best > -large(z) / 2, next(pairs)[0], 0)
         factor = factor - at_below
     grad = p.mul_(factor if full is None else full.add_(factor))
     if at_uniform is not None:
@@ -173,7 +173,8 @@ def _add_margins(
         grad.addcmul_(largest, at_top / largest.sum(dim, keepdim=True))  # ties share
 
 
-def _large(z: Tensor) -> float:
+def large(z: Tensor) -> float:
+    """A number that moves any logit out of reach."""
     return 1e30 if z.dtype == torch.float32 else 1e300
 
 
@@ -183,7 +184,7 @@ def _below(z: Tensor, scores: Tensor, index: Tensor, dim: int, spare: Tensor) ->
     Leaves in ``spare`` the scores with the other classes moved out of reach.
     """
     torch.ge(z, z.gather(dim, index), out=spare)
-    return torch.add(scores, spare, alpha=-_large(z), out=spare).amax(dim, keepdim=True)
+    return torch.add(scores, spare, alpha=-large(z), out=spare).amax(dim, keepdim=True)
 
 
 def _only_first(hits: Tensor, dim: int) -> Tensor:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffcal.calibration.losses import dual_focal, row_blocks
+from diffcal.calibration.losses import dual_focal, expected_gap, row_blocks
+from diffcal.calibration.losses.adaptive_dual_focal import dual_focal_by_gap
 from diffcal.calibration.losses.class_weights import StepPower, TopLabelBrier
 from diffcal.calibration.losses.contract import Rows
 from diffcal.calibration.losses.expectation import expected_weighted_loss
@@ -119,6 +120,45 @@ def test_dual_focal_of_few_classes_without_sorting(name, monkeypatch):
     assert dual_focal._few_classes(Rows(z, None, q, None, (4,))) is None
     monkeypatch.setattr(dual_focal, "FEW", 4)
     assert dual_focal._few_classes(Rows(z, None, q, None, (4,))) is not None
+
+
+GAP_LOSSES = {
+    "dual": (dual_focal.dual_focal, {"gamma": 3.0}),
+    "dual, any power": (dual_focal.dual_focal, {"gamma": 2.3}),
+    "gra": (dual_focal.dual_focal_gra, {"gamma": 5.0}),
+    "released gra": (dual_focal.dual_focal_gra, {"gamma": 4.0, "released": True}),
+    "by gap": (
+        dual_focal_by_gap,
+        {"gammas": torch.tensor([4.0, 2.0, 0.7]), "edges": torch.tensor([0.01, 0.3])},
+    ),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("k", [2, 5, 40, 70])
+@pytest.mark.parametrize("name", GAP_LOSSES)
+def test_losses_of_the_gap_below_each_class(name, k, masked, monkeypatch):
+    """By pairs and along the order, with ties at the top, below, and of all classes."""
+    function, settings = GAP_LOSSES[name]
+    generator = torch.Generator().manual_seed(k)
+    z = 2 * torch.randn(12, k, generator=generator, dtype=torch.float64)
+    z[3:6] = z[3:6].round()
+    z[6] = 1.0
+    z[7, 0] = 60
+    q = torch.rand(12, k, generator=generator, dtype=torch.float64)
+    q /= q.sum(1, keepdim=True)
+    value, grad = value_and_gradient(function, z, q, reduction="none", **settings)
+    if masked:  # one class more, of probability 0
+        z, q, grad = (
+            torch.cat([x, x.new_full((12, 1), end)], dim=1)
+            for x, end in ((z, -torch.inf), (q, 0.0), (grad, 0.0))
+        )
+    for pairs in (0, 100):
+        monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 4 * k)
+        monkeypatch.setattr(dual_focal, "FEW", 0)
+        monkeypatch.setattr(expected_gap, "PAIRS", pairs)
+        blocked = value_and_gradient(function, z, q, reduction="none", validate=False, **settings)
+        torch.testing.assert_close(blocked, (value, grad), **EXACT)
 
 
 def test_excluded_classes_cost_nothing(monkeypatch):
