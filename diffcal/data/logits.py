@@ -220,13 +220,18 @@ def _checked(path: Path, arrays: dict[str, Any]) -> LogitsFile:
             f"'{path}': features must be floating [{len(scores)}, d], "
             f"got {features.dtype} {list(features.shape)}"
         )
+    class_names = None if names is None else tuple(map(str, np.asarray(names).reshape(-1).tolist()))
+    if class_names is not None and len(class_names) != scores.shape[1]:
+        raise DataError(
+            f"'{path}': there are {len(class_names)} class_names for {scores.shape[1]} classes"
+        )
     return LogitsFile(
         path,
         tensors.get("logits"),
         tensors.get("probs"),
         labels,
         soft,
-        None if names is None else tuple(str(name) for name in np.asarray(names).tolist()),
+        class_names,
         features,
         _checked_head(path, tensors, scores.shape[1], features),
     )

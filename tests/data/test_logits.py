@@ -115,6 +115,21 @@ def test_wrong_arrays_are_named(tmp_path, tensors, message):
         load_logits(path)
 
 
+def test_as_many_class_names_as_classes(tmp_path):
+    path = tmp_path / "n.npz"
+    np.savez(path, logits=Z.numpy(), labels=Y.numpy(), class_names=np.array(["cat", "dog"]))
+    with pytest.raises(DataError, match="2 class_names for 3 classes"):
+        load_logits(path)
+
+
+def test_arrays_of_another_machine(tmp_path):
+    path = tmp_path / "n.npz"
+    np.savez(path, logits=Z.numpy().astype(">f4"), labels=Y.numpy().astype(">u2"))
+    content = load_logits(path)
+    torch.testing.assert_close(content.logits, Z, rtol=0, atol=0)
+    assert content.labels.tolist() == Y.tolist()
+
+
 def test_saving_without_labels_is_refused(tmp_path):
     with pytest.raises(DataError, match="labels or soft_labels"):
         save_logits(tmp_path / "x.npz", logits=Z)
