@@ -171,14 +171,15 @@ def _attributed(bench: Bench) -> dict[str, Any]:
     name, held_rows = bench.set_up.held_out
     asked = QueryConfig(name=name, first_row=held_rows.start, rows=len(held_rows))
     held = _scored(bench, folder, asked, "held-out")
-    made: dict[str, Any] = {"held_out": _control(held, KINDS), "settings": []}
+    made: dict[str, Any] = {"held_out": _control(held, KINDS) | _share(held), "settings": []}
     for preset, scale in ATTRIBUTED:
         drawn = [bench.pure(preset, scale, part) for part in range(bench.set_up.parts)]
         images = torch.cat([part.images for part in drawn])[:ATTRIBUTED_IMAGES]
         labels = torch.cat([part.tensors["labels"] for part in drawn])[:ATTRIBUTED_IMAGES]
         path = bench.folder / f"queries-{preset}-{scale:g}.parquet"
         report = _scored(bench, folder, _queries(images, labels, path), path.stem)
-        made["settings"].append({"preset": preset, "scale": scale, **_judge(report, held, KINDS)})
+        judged = _judge(report, held, KINDS) | _share(report)
+        made["settings"].append({"preset": preset, "scale": scale, **judged})
     for name, noise in CONTROLS.items():
         asked = _queries(*_copies(bench, noise), bench.folder / f"queries-{name}.parquet")
         report = _scored(bench, folder, asked, name)
@@ -190,8 +191,12 @@ def _attributed(bench: Bench) -> dict[str, Any]:
                 ("copy_of_original", report.copy_index),
             )
         }
-        made[name] = _judge(report, held, KINDS) | named
+        made[name] = _judge(report, held, KINDS) | _share(report) | named
     return made
+
+
+def _share(report: MemorisationReport) -> dict[str, float]:
+    return {"median_largest_share": float(report.dominance.median())}
 
 
 def _queries(images: Tensor, labels: Tensor, path: Path) -> QueryConfig:

@@ -202,9 +202,8 @@ def _copies(copies: dict[str, Any]) -> Iterator[str]:
             "contributor, memorised that share times likeness, each beyond the same quantile."
         )
         yield ""
-        yield from _head(
-            ["images", "number", "median likeness", *(f"{v}, %" for v in KINDS.values())]
-        )
+        names = [f"{name}, %" for name in KINDS.values()]
+        yield from _head(["images", "number", "median likeness", *names, "median largest share"])
         for row in found["settings"]:
             yield _copy_row(
                 f"{SAMPLERS[row['preset']]}, guidance {row['scale']:g}", row, list(KINDS)
@@ -223,8 +222,10 @@ def _copies(copies: dict[str, Any]) -> Iterator[str]:
 
 
 def _copy_row(title: str, row: dict[str, Any], kinds: Sequence[str]) -> str:
-    shares = (_percent(row[kind]) for kind in kinds)
-    return _row(title, str(row["images"]), f"{row['median_likeness']:.3f}", *shares)
+    cells = [_percent(row[kind]) for kind in kinds]
+    if "median_largest_share" in row:
+        cells.append(f"{row['median_largest_share']:.4f}")
+    return _row(title, str(row["images"]), f"{row['median_likeness']:.3f}", *cells)
 
 
 def _readers(result: dict[str, Any]) -> list[str]:
