@@ -165,13 +165,17 @@ def run_traker(
     Args:
         mean_square: Of the whole features' norms, for the damping.
         block: Give it its own projector with blocks of so many columns: where one block holds all, the
-            matrix is drawn once and kept.
+            matrix is drawn once and kept (by a subclass, as its own forgets to draw what it has freed
+            between features and scores).
     """
     import trak
     from trak.modelout_functions import AbstractModelOutput
     from trak.projectors import BasicProjector, ProjectionType
 
     value = mean_output(problem)
+
+    class Keeping(BasicProjector):
+        def free_memory(self) -> None: ...
 
     class MeanOutput(AbstractModelOutput):
         def __init__(self) -> None: ...
@@ -189,7 +193,7 @@ def run_traker(
         begin = time.process_time()
         projector = None
         if block is not None:
-            projector = BasicProjector(
+            projector = Keeping(
                 grad_dim=problem.num_params,
                 proj_dim=dim,
                 seed=seed,

@@ -33,10 +33,10 @@ rule: the cheapest that their interfaces allow.
   time that is drawn anew for every batch of ``--batch`` images (16 is what the published DAS scripts
   use). ``without_drawing`` is their ratio if all draws, timed by themselves, were free.
 - ``traker_best``, ``dattri_best``: all images in one batch, and traker with its own ``BasicProjector``
-  in a single block, so that it draws its matrix once and keeps it: parameters x columns x 4 bytes (7.4
-  GB here at 4 096 columns, 627 GB for the network of the papers; above ``--matrix-gb`` it stays with
-  100 columns). dattri's ``TRAKAttributor`` has no such option. Random signs instead of normal numbers
-  take both tools 2.5 times as long to draw on a CPU.
+  in a single block that it is made to keep, so that it draws its matrix once: parameters x columns x 4
+  bytes (7.4 GB here at 4 096 columns, 627 GB for the network of the papers; above ``--matrix-gb`` it
+  stays with 100 columns). dattri's ``TRAKAttributor`` has no such option. Random signs instead of
+  normal numbers take both tools 2.5 times as long to draw on a CPU.
 - ``dattri_mask``: dattri with a random mask, its cheapest projection on a CPU.
 
 ``fidelity_by_dim`` tells at how many columns diffcal's sketches come as near as a dense matrix of the

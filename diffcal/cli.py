@@ -104,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     methods = (
         *("das", "das-official", "dtrak", "trak", "journey-trak", "tracincp", "gas"),
         *("relative-influence", "renormalised-influence", "gradient-dot", "gradient-cosine"),
-        *("pixel-dot", "pixel-cosine", "encoder-dot", "encoder-cosine", "digits"),
+        *("pixel-dot", "pixel-cosine", "encoder-dot", "encoder-cosine"),
+        *("empirical-influence", "datamodel", "digits"),
     )
     index = _add(das, "index", "features of all training images (resumes)", _das_index)
     index.add_argument(

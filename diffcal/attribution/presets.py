@@ -140,6 +140,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pixel-cosine": {"inputs": "pixels", "scores": {"method": "cosine", "readout": "signed"}},
     "encoder-dot": {"inputs": "encoder", "scores": {"method": "dot", "readout": "signed"}},
     "encoder-cosine": {"inputs": "encoder", "scores": {"method": "cosine", "readout": "signed"}},
-    "empirical-influence": {"inputs": "subset-losses"},
-    "datamodel": {"inputs": "subset-losses"},
+    "empirical-influence": {
+        "inputs": "subset-losses",
+        "scores": {"method": "dot", "readout": "signed"},
+    },
+    "datamodel": {"inputs": "subset-losses", "scores": {"method": "dot", "readout": "signed"}},
 }

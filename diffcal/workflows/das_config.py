@@ -35,7 +35,8 @@ METHODS = tuple(
 
 INDEX_METHODS = tuple(name for name, preset in PRESETS.items() if "scores" in preset)
 """Everything that can be indexed and scored: also gradients of several checkpoints (``tracincp``,
-``gas``), of sampling paths (``journey-trak``), and pixels and embeddings in place of gradients."""
+``gas``), of sampling paths (``journey-trak``), pixels, embeddings and the losses of subset models
+(``empirical-influence``, ``datamodel``) in place of gradients."""
 
 SETUPS = Path(__file__).parent / "presets"
 
@@ -83,6 +84,9 @@ class DasConfig:
     store: StoreConfig = field(default_factory=StoreConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """Of the methods ``encoder-dot`` and ``encoder-cosine``; CLIP is kind ``transformers``."""
+    subset_run: str = ""
+    """Run of ``diffcal das lds`` whose models the methods ``empirical-influence`` and ``datamodel``
+    ask; model and training images are the run's unless named."""
     gradients: GradientMethod = "fused"
     """``fused``, ``vmap`` or ``loop``: the same numbers at different cost."""
     batch_rows: int = 64
@@ -97,12 +101,15 @@ class DasConfig:
             raise ConfigError(
                 f"'{self.method}' compares images: it has one model and scores.method dot or cosine"
             )
+        if self.inputs == "subset-losses" and self.scores.method != "dot":
+            raise ConfigError(f"scores of '{self.method}' are products: scores.method is dot")
         if self.batch_rows < 1:
             raise ConfigError(f"batch_rows must be at least 1, got {self.batch_rows}")
 
     @property
     def inputs(self) -> str:
-        """What rows are made of: ``gradients``, ``pixels`` or ``encoder`` embeddings."""
+        """What rows are made of: ``gradients``, ``pixels``, ``encoder`` embeddings or
+        ``subset-losses``."""
         return str(PRESETS[self.method]["inputs"])
 
     @property

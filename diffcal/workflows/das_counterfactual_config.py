@@ -82,6 +82,11 @@ class CounterfactualConfig:
         for name in self.methods:
             if name not in INDEX_METHODS:
                 raise ConfigError(f"unknown method '{name}': use {', '.join(INDEX_METHODS)}")
+            if PRESETS[name]["inputs"] == "subset-losses":
+                raise ConfigError(
+                    f"'{name}' needs models trained on subsets: score it with diffcal das index and "
+                    "score, and give that folder"
+                )
             self.index_config(name, "")
             if PRESETS[name].get("queries") == "sampling-path":
                 raise ConfigError(

@@ -153,20 +153,27 @@ def with_functional(config: DasConfig, functional: NamedFunctional | None) -> Da
 def make_rows(
     config: DasConfig,
     denoiser: Denoiser,
-    image_shape: tuple[int, int, int],
+    training: ConditionedImages,
     device: str = "auto",
     functional: NamedFunctional | None = None,
 ) -> ImageRows:
-    """What ``config.method`` makes rows of: gradients, pixels or embeddings.
+    """What ``config.method`` makes rows of: gradients, pixels, embeddings or losses.
 
     Raises:
         ConfigError: settings that the model or the images do not have.
+        DataError: subset models of other training images.
     """
     if config.inputs == "gradients":
         return GradientRows(make_featuriser(config, denoiser, functional))
+    if config.inputs == "subset-losses":
+        from diffcal.workflows.das_subset_losses import SubsetLossRows, SubsetRun
+
+        run = SubsetRun.open(config.subset_run)
+        return SubsetLossRows(config.method, run, training, device)
     encoder = EncoderConfig(kind="pixels") if config.inputs == "pixels" else config.encoder
+    shape = training.source.image_shape
     return EmbeddingRows(
-        build_encoder(encoder, denoiser=denoiser, image_shape=image_shape, device=device)
+        build_encoder(encoder, denoiser=denoiser, image_shape=shape, device=device)
     )
 
 

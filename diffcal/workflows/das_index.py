@@ -17,7 +17,6 @@ from diffcal.config import config_from_dict, config_to_dict
 from diffcal.core.devices import one_thread
 from diffcal.core.processes import process_state
 from diffcal.core.runs import claim_folder, fingerprint, read_json, sha256_file, write_json
-from diffcal.data.sources import open_images
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ArtifactError, ConfigError
 from diffcal.workflows.das_checkpoints import models_of
@@ -87,6 +86,10 @@ def build_index(
         NumericalError: NaN or infinity; shards written before stay.
     """
     state = process_state(device)
+    if config.inputs == "subset-losses":
+        from diffcal.workflows.das_subset_losses import with_subset_run
+
+        config = with_subset_run(config)
     config = with_functional(config, functional)
     models = models_of(config)
     if denoiser is not None and len(models) > 1:
@@ -131,7 +134,7 @@ def _build(
     denoiser = denoiser or open_model(config.model, where)
     started = time.monotonic()
     images = open_training_images(config.data, denoiser)
-    rows = make_rows(config, denoiser, images.source.image_shape, where, functional)
+    rows = make_rows(config, denoiser, images, where, functional)
     if state.is_main_process:
         claim = {"format": FORMAT, "store": config_to_dict(config.store)}
         claim_folder(out, claim | feature_spec(rows, images), overwrite=overwrite)
@@ -212,15 +215,11 @@ class AttributionIndex:
         denoiser = denoiser or open_model(config.model, device)
         store = FeatureStore.open(folder / "features")
         store.verify()
-        source = open_images(
-            config.data.name,
-            image_column=config.data.image_column,
-            label_column=config.data.label_column,
-        )
-        rows = make_rows(config, denoiser, source.image_shape, device, functional)
         # The model first: images of other classes would be refused before it is compared.
-        store.require_spec({**rows.spec, "images": store.spec["images"]})
+        if "model" in store.spec:
+            store.require_spec({**store.spec, "model": denoiser.fingerprint})
         training = open_training_images(config.data, denoiser)
+        rows = make_rows(config, denoiser, training, device, functional)
         store.require_spec(feature_spec(rows, training))
         store.require_ids(training.ids)
         return cls(folder, config, store, denoiser, rows, training, functional)

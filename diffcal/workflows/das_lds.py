@@ -21,7 +21,7 @@ from torch import Tensor
 from diffcal.attribution.baselines import cosine_blocks, dot_blocks
 from diffcal.attribution.damping_selection import choose_damping, path_predictions
 from diffcal.attribution.ensemble import ScoredModel, ensemble_scores
-from diffcal.attribution.lds import LDS, stream_predictions
+from diffcal.attribution.lds import stream_predictions
 from diffcal.attribution.lds_controls import lds_controls
 from diffcal.attribution.residuals import residual_weights
 from diffcal.attribution.rows import TensorRows
@@ -38,7 +38,8 @@ from diffcal.workflows.das_config import StoreConfig
 from diffcal.workflows.das_features import write_features
 from diffcal.workflows.das_images import open_queries
 from diffcal.workflows.das_index import AttributionIndex, build_index, open_index
-from diffcal.workflows.das_lds_config import LdsConfig
+from diffcal.workflows.das_lds_config import SUBSET_LOSSES, LdsConfig
+from diffcal.workflows.das_lds_subsets import plain_lds, subset_record
 from diffcal.workflows.das_losses import generated_images, loss_tables, write_queries
 from diffcal.workflows.das_path import PathRows
 from diffcal.workflows.das_subset_models import BASE, train_models, training_rows
@@ -94,6 +95,16 @@ def run_lds(
     losses = loss_tables(config, out / "losses", out / "models", sets, state, where)
     records: list[dict[str, Any]] = []
     for method in config.methods:
+        if method in SUBSET_LOSSES:
+            if state.is_main_process:
+                training = _pixels(config)
+                records += [
+                    subset_record(
+                        method, kind, losses[kind], masks, _alike(path, training, masks), config
+                    )
+                    for kind, path in sets.items()
+                ]
+            continue
         features = _featurise(config, out, method, sets, state, device)
         if state.is_main_process:
             with one_thread():
@@ -181,9 +192,9 @@ def _judge(
     training = _pixels(config)
     records = []
     for kind, path in sets.items():
-        pixels = _all_pixels(open_images(str(path)), None)
-        alike = stream_predictions(cosine_blocks(pixels, TensorRows(training)), masks)
+        alike = _alike(path, training, masks)
         if features is None:
+            pixels = _all_pixels(open_images(str(path)), None)
             blocks = dot_blocks if method.endswith("-dot") else cosine_blocks
             guess = stream_predictions(blocks(pixels, TensorRows(training)), masks)
             records.append(
@@ -256,7 +267,7 @@ def _choose(
         "curve": [round(value, 5) for value in choice.curve.tolist()],
         "chosen": choice.chosen,
         "optimistic": choice.optimistic,
-        "held_out": _plain(choice.held_out),
+        "held_out": plain_lds(choice.held_out),
     }
 
 
@@ -277,21 +288,16 @@ def _record(
         "method": method,
         "readout": readout,
         "queries": kind,
-        "lds": _plain(found.pop("score")),
-        "controls": {name: _plain(value) for name, value in found.items()},
+        "lds": plain_lds(found.pop("score")),
+        "controls": {name: plain_lds(value) for name, value in found.items()},
         "damping_choice": choice,
     }
 
 
-def _plain(lds: LDS) -> dict[str, Any]:
-    return {
-        "mean": lds.mean,
-        "low": lds.over_both.low,
-        "high": lds.over_both.high,
-        "sd_over_subsets": lds.over_subsets.sd,
-        "subsets": lds.subsets,
-        "queries": lds.queries,
-    }
+def _alike(path: Path, training: Tensor, masks: Tensor) -> Tensor:
+    """Predictions from the likeness of pixels."""
+    pixels = _all_pixels(open_images(str(path)), None)
+    return stream_predictions(cosine_blocks(pixels, TensorRows(training)), masks)
 
 
 def _pixels(config: LdsConfig) -> Tensor:
@@ -317,7 +323,8 @@ def _markdown(config: LdsConfig, records: list[dict[str, Any]]) -> str:
         f"{len(subsets.training_seeds)} training seed(s) each. Percent; in brackets the 95 % interval "
         "over subsets and queries. *Default*: the method's own damping. *Held out*: a damping chosen on "
         "other subsets than those it is judged on. *Optimistic*: chosen on the same ones. *Shuffled*: "
-        "each query judged by another one's scores. *Average*: by the mean scores. *Pixels*: likeness.",
+        "each query judged by another one's scores. *Average*: by the mean scores. *Pixels*: likeness. "
+        "What is fitted on losses (*datamodel*, *empirical-influence*) is judged on other subsets.",
         "",
         "| queries | method | readout | default | held out | optimistic | shuffled | average | pixels |",
         "|---|---|---|---|---|---|---|---|---|",

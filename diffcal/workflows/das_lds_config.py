@@ -17,8 +17,11 @@ from diffcal.workflows.das_config import (
 )
 from diffcal.workflows.train_diffusion import NetworkConfig, TrainDiffusionConfig
 
-__all__ = ["LIKENESS", "LdsConfig", "LdsQueries", "LossConfig", "SubsetConfig"]
+__all__ = ["LIKENESS", "SUBSET_LOSSES", "LdsConfig", "LdsQueries", "LossConfig", "SubsetConfig"]
 
+SUBSET_LOSSES = tuple(
+    name for name, preset in PRESETS.items() if preset["inputs"] == "subset-losses"
+)
 LIKENESS = tuple(name for name, preset in PRESETS.items() if preset["inputs"] == "pixels")
 
 
@@ -109,6 +112,8 @@ class LdsConfig:
         for name in self.methods:
             if name not in INDEX_METHODS:
                 raise ConfigError(f"unknown method '{name}': use {', '.join(INDEX_METHODS)}")
+            if name in SUBSET_LOSSES:
+                continue  # they ask the subset models themselves
             self.index_config(name)
             if PRESETS[name].get("queries") == "sampling-path" and not self.queries.generated:
                 raise ConfigError(f"'{name}' judges generated queries alone: set queries.generated")

@@ -1,6 +1,6 @@
 """Losses of every subset model on every query: what an attribution has to predict."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,22 +114,30 @@ def loss_tables(
 
 @torch.no_grad()
 def query_losses(
-    denoiser: Denoiser, queries: ConditionedImages, config: LossConfig
+    denoiser: Denoiser,
+    queries: ConditionedImages,
+    config: LossConfig,
+    positions: Sequence[int] | None = None,
 ) -> Float[Tensor, "e q"]:
     """Mean over timesteps of the squared error of the network's raw output, for each noise draw.
 
     The noise of a query depends on (draw, timestep, query) alone: all models meet the same.
+
+    Args:
+        positions: Of the queries to measure; all of them if None.
     """
+    chosen = range(len(queries)) if positions is None else positions
     objective = DenoiserObjective(denoiser, "loss", "network")
     levels = noise_levels(denoiser, config.timesteps)
     where = next(denoiser.module.parameters()).device
     wide = torch.float32 if where.type == "mps" else torch.float64
-    total = torch.zeros(config.noises, len(queries), dtype=torch.float64)
-    clean = denoiser.encode(queries.images(range(len(queries))))
+    total = torch.zeros(config.noises, len(chosen), dtype=torch.float64)
+    clean = denoiser.encode(queries.images(chosen))
     for draw in range(config.noises):
         for at, timestep in enumerate(levels.timesteps):
-            for start in range(0, len(queries), config.batch):
-                rows = range(start, min(start + config.batch, len(queries)))
+            for start in range(0, len(chosen), config.batch):
+                stop = min(start + config.batch, len(chosen))
+                rows = chosen[start:stop]
                 noise = torch.stack(
                     [
                         item_normal(draw, f"lds-noise|{timestep}", i, denoiser.sample_shape)
@@ -138,14 +146,14 @@ def query_losses(
                 )
                 condition = queries.condition(denoiser, rows)
                 inputs = objective.inputs(
-                    clean[rows.start : rows.stop].to(where),
+                    clean[start:stop].to(where),
                     noise.to(where),
                     levels.sigmas[at].to(where, wide).expand(len(rows)),
                     levels.weights[at].to(where, wide).expand(len(rows)),
                     condition,
                 )
                 _, error = objective(*inputs)
-                total[draw, rows.start : rows.stop] += error.double().cpu()
+                total[draw, start:stop] += error.double().cpu()
     return total / len(levels.timesteps)
 
 

@@ -191,8 +191,8 @@ def test_other_experiments_and_training_images_as_queries_are_refused(experiment
         run_lds(small("subsets.count=5"), out, device="cpu")
     with pytest.raises(ConfigError, match="held-out images must be others"):
         write_queries(small("queries.first_row=18"), tmp_path, out / "models", "cpu")
-    with pytest.raises(ConfigError, match="unknown method 'datamodel'"):
-        small("methods=['datamodel']")
+    with pytest.raises(ConfigError, match="unknown method 'datamodels'"):
+        small("methods=['datamodels']")
     arguments = ["das", "lds", "--preset", "digits", "--set", "losses.timesteps=0"]
     assert main([*arguments, "--out", str(tmp_path / "x")]) == 2
 
