@@ -1,5 +1,6 @@
 """Retraining without images at toy size: models, distances, resumption, and what is refused."""
 
+import json
 import types
 
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from killing import kill_when
+from launch import launch
 
 from diffcal.cli import main
 from diffcal.config import build_config
@@ -63,6 +65,15 @@ def results(out):
     return {name: sha256_file(out / name) for name in names} | {
         path.stem: sha256_file(path) for path in sorted((out / "images").iterdir())
     }
+
+
+def test_two_processes_write_the_bytes_of_one(experiment, tmp_path):
+    out, summary = experiment
+    flags = [flag for setting in SMALL for flag in ("--set", setting)]
+    command = ["das", "counterfactual", "--preset", "digits", "--device", "cpu"]
+    again = json.loads(launch(2, *command, *flags, "--out", str(tmp_path / "two")))
+    assert results(tmp_path / "two") == results(out)
+    assert again["pixel_l2"] == summary["pixel_l2"]
 
 
 def test_models_lack_exactly_what_was_ranked_first(experiment):
