@@ -182,9 +182,10 @@ def _copies(copies: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"By the memorisation report of `diffcal das score`: cosine of centred pixels to "
-        f"{copies['training_images']} training images{mirrored}, and isolation, the likeness of the "
-        f"nearest less that of the next 49. Alike: likeness beyond the {100 * copies['quantile']:g} % "
-        "quantile of one half of the held-out images; near copy: isolation too. Held-out images are "
+        f"{copies['training_images']} training images{mirrored}, and isolation, by how much the nearest "
+        "is nearer than the next 49 (1 less the ratio of their distances, 1 - cosine). Alike: likeness "
+        f"beyond the {100 * copies['quantile']:g} % quantile of one half of the held-out images; near "
+        "copy: isolation too. Held-out images are "
         "judged by their other half. Training images, noisy and as they are, are the positive control."
     )
     yield ""

@@ -24,6 +24,8 @@ __all__ = [
 MEASURES = ("nearest", "isolation", "dominance", "copy_score")
 
 ROUNDING = 1e-9
+ROUNDED = 1e-4
+"""By how much a cosine of rounded vectors may exceed 1."""
 _END = ScoreBlock(-1, torch.zeros(0, 0))
 
 
@@ -42,8 +44,9 @@ class MemorisationReport:
     nearest: Float64[Tensor, " q"]
     """That likeness."""
     isolation: Float64[Tensor, " q"]
-    """Highest likeness minus the mean of the next ones: a copy stands out from its neighbours, while
-    a plain image is like many."""
+    """``1 - d₁ / mean(d₂, d₃, ...)`` with distances ``d = 1 - likeness`` of the nearest training images:
+    1 for a copy, 0 where the nearest is as far as the next ones, as for a plain image, which is like
+    many."""
     copy_score: Float64[Tensor, " q"]
     """Largest product of attribution share and (positive) likeness over training rows, in [0, 1]
     for cosines: high only if the same image dominates and resembles."""
@@ -67,17 +70,19 @@ def memorisation_report(
 
     Args:
         scores: Attribution; negative scores count as none.
-        likeness: For example :func:`~.baselines.cosine_blocks` of encoder embeddings.
+        likeness: At most 1, which stands for a copy; for example
+            :func:`~.baselines.cosine_blocks` of encoder embeddings.
         top: Contributors to list.
         neighbours: Likeness ranks 2 to this many make the background of ``isolation``.
 
     Raises:
-        DataError: the two do not cover the same rows, or a query has no positive score.
+        DataError: the two do not cover the same rows, a query has no positive score, or likeness
+            exceeds 1.
         NumericalError: NaN or infinite values.
 
-    Source: the background of neighbours follows Carlini et al. 2023 (arXiv:2301.13188), section 4.2,
-    with differences of cosines in place of ratios of distances; shares and their product with likeness
-    are ours.
+    Source: the ratio to the background of neighbours follows Carlini et al. 2023 (arXiv:2301.13188),
+    section 4.2, with ``1 - likeness`` (for cosines half the squared distance of unit vectors) in place
+    of pixel distances; shares and their product with likeness are ours.
     """
     if top < 1 or neighbours < 2:
         raise ConfigError(f"top must be at least 1 and neighbours at least 2: {top}, {neighbours}")
@@ -108,17 +113,31 @@ def memorisation_report(
         query = int((total <= 0).nonzero()[0, 0])
         raise DataError(f"query {query} has no positive score, so nothing can be shared out")
     likest = near.values
-    background = likest[:, 1:].mean(dim=1) if likest.shape[1] > 1 else likest[:, 0]
+    if float(likest.max()) > 1 + ROUNDED:
+        raise DataError(
+            f"likeness reaches {float(likest.max()):.6g}, beyond 1: give cosines or another measure "
+            "that is 1 for equal images"
+        )
     return MemorisationReport(
         top_index=best.index,
         top_share=best.values / total[:, None],
         contributors=total.square() / squares,
         nearest_index=near.index[:, 0],
         nearest=likest[:, 0],
-        isolation=likest[:, 0] - background,
+        isolation=_isolation(likest),
         copy_score=product / total,
         copy_index=where,
     )
+
+
+def _isolation(likest: Float64[Tensor, "q m"]) -> Float64[Tensor, " q"]:
+    distances = (1 - likest).clamp(min=0)
+    if distances.shape[1] == 1:
+        return torch.zeros_like(distances[:, 0])
+    background = distances[:, 1:].mean(dim=1)
+    # Nothing stands out from neighbours that are copies too.
+    ratio = torch.where(background > 0, distances[:, 0] / background, 1.0)
+    return 1 - ratio
 
 
 def memorisation_thresholds(

@@ -25,7 +25,7 @@ def normal(*shape, seed=0):
 
 def test_numbers_of_a_small_case():
     scores = torch.tensor([[6.0, 2.0, -5.0, 0.0, 2.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
-    likeness = torch.tensor([[0.5, 0.9, 1.0, 0.1, -0.9], [0.0, 0.2, 0.8, 0.6, 0.4]])
+    likeness = torch.tensor([[0.5, 0.9, 0.95, 0.1, -0.9], [0.0, 0.2, 0.8, 0.6, 0.4]])
     report = memorisation_report(blocks(scores, 2), blocks(likeness, 2), top=2, neighbours=3)
     assert report.top_index.tolist() == [[0, 1], [0, 1]]
     torch.testing.assert_close(
@@ -35,8 +35,8 @@ def test_numbers_of_a_small_case():
         report.contributors, torch.tensor([100 / 44, 5.0], dtype=torch.float64)
     )
     assert report.nearest_index.tolist() == [2, 2]
-    assert report.nearest.tolist() == pytest.approx([1.0, 0.8])
-    assert report.isolation.tolist() == pytest.approx([1 - (0.9 + 0.5) / 2, 0.8 - (0.6 + 0.4) / 2])
+    assert report.nearest.tolist() == pytest.approx([0.95, 0.8])
+    assert report.isolation.tolist() == pytest.approx([1 - 0.05 / 0.3, 1 - 0.2 / 0.5])
     # Products: the negative score and the negative likeness count as none.
     assert report.copy_score.tolist() == pytest.approx([6 * 0.5 / 10, 0.8 / 5])
     assert report.copy_index.tolist() == [0, 2]
@@ -109,7 +109,7 @@ def test_exceedance_counts_reference_values_at_least_as_large():
 
 
 def test_bad_input_is_one_clear_line():
-    scores, likeness = normal(2, 6).square(), normal(2, 6)
+    scores, likeness = normal(2, 6).square(), normal(2, 6).tanh()
     with pytest.raises(DataError, match="cover different queries or training rows"):
         memorisation_report(blocks(scores, 2), blocks(likeness, 3))
     with pytest.raises(DataError, match="cover different queries or training rows"):
@@ -131,3 +131,35 @@ def test_bad_input_is_one_clear_line():
         flag_memorised(report, report)
     with pytest.raises(ConfigError, match="strictly between"):
         flag_memorised(report, report, 1.0)
+
+
+def test_isolation_is_1_for_a_copy_among_crowded_images_and_0_among_copies():
+    likeness = torch.tensor([[1.0, 0.99, 0.98, 0.97], [1.0, 1.0, 1.0, 1.0], [0.9, 0.9, 0.9, 0.9]])
+    report = memorisation_report(blocks(torch.ones(3, 4)), blocks(likeness))
+    assert report.isolation.tolist() == pytest.approx([1.0, 0.0, 0.0], abs=1e-7)
+
+
+def test_likeness_beyond_that_of_copies_is_refused():
+    with pytest.raises(DataError, match=r"likeness reaches 3.5, beyond 1"):
+        memorisation_report(blocks(torch.ones(1, 2)), blocks(torch.tensor([[3.5, 0.2]])))
+
+
+def test_copies_of_real_digits_are_found_and_other_writers_are_not():
+    """Digits are crowded: a copy stands out by the ratio of distances, not by their difference."""
+    from sklearn.datasets import load_digits
+
+    x = torch.from_numpy(load_digits().data) / 8 - 1
+    train = torch.nn.functional.normalize(x[:1437] - x[:1437].mean(0), dim=1)
+    centred = torch.nn.functional.normalize(x - x[:1437].mean(0), dim=1)
+    noise = 0.1 * normal(100, 64)
+    copies = torch.nn.functional.normalize(x[:1400:14] + noise - x[:1437].mean(0), dim=1)
+
+    def report(queries):
+        return memorisation_report(
+            blocks(torch.ones(len(queries), 1437), 500), blocks(queries @ train.T, 500)
+        )
+
+    others, held_out = report(centred[1437::2]), report(centred[1438::2])
+    thresholds = memorisation_thresholds(held_out)
+    assert float(flag_beyond(report(copies), thresholds)["near_copy"].double().mean()) >= 0.95
+    assert float(flag_beyond(others, thresholds)["near_copy"].double().mean()) <= 0.03
