@@ -132,7 +132,7 @@ def open_images(
     if name == "digits":
         return DigitsSource()
     path = Path(name)
-    if any(character in name for character in "*?["):
+    if not path.exists() and any(character in name for character in "*?["):
         files = [Path(found) for found in sorted(glob.glob(name))]
         if not files:
             raise DataError(f"no file matches '{name}'")

@@ -115,7 +115,7 @@ def score(
     """Scores of queries against all training images; see :func:`~.das_score.score_queries`.
 
     Args:
-        queries: A run of ``diffcal csm``, any labelled images, or a folder of image files.
+        queries: A run of ``diffcal csm``, any labelled images, or image files.
         rows: Only the first so many.
         scores: Other scores of the same features than the index's own.
         held_out: Real images that the model was not trained on, which tell what is no copy; ``rest``:

@@ -1,5 +1,6 @@
 """Images as attribution sees them: clean samples with the conditions that the model was given."""
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +102,8 @@ def open_queries(
     Args:
         name: A run of ``diffcal csm`` or its ``generated`` or ``dataset`` folder, whose images are
             conditioned on the weights they were drawn with; any source of
-            :func:`~diffcal.data.sources.open_images`, conditioned on labels; or a folder of image
-            files without labels.
+            :func:`~diffcal.data.sources.open_images`, conditioned on labels; or image files without
+            labels: one of them, a glob, or a folder.
         first_row, rows, stride: ``rows`` images from ``first_row`` on, every ``stride``-th one; all of
             them if ``rows`` is None.
         unconditional: Take gradients through the branch without a class instead; needed for
@@ -152,8 +153,8 @@ def query_source(name: str, image_column: str, label_column: str) -> ImageSource
         folder = folder / "generated"
     if folder.is_dir() and (folder / "manifest.json").is_file():
         return MixedImages(folder)
-    if folder.is_dir() and _loose_files(folder):
-        return LooseFiles(folder)
+    if loose := _loose_files(name):
+        return LooseFiles(name, loose)
     return open_images(name, image_column=image_column, label_column=label_column)
 
 
@@ -205,10 +206,10 @@ def _mixed(source: MixedImages, rows: range, denoiser: Denoiser) -> ConditionedI
 
 
 class LooseFiles(ImageSource):
-    """Image files of one folder without labels, in alphabetic order."""
+    """Image files without labels, in alphabetic order."""
 
-    def __init__(self, folder: Path) -> None:
-        self.name, self.files, self.class_names = str(folder), _loose_files(folder), ("",)
+    def __init__(self, name: str, files: list[Path]) -> None:
+        self.name, self.files, self.class_names = name, files, ("",)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -224,8 +225,14 @@ class LooseFiles(ImageSource):
             yield decode_image(path.read_bytes(), f"'{path}'"), 0
 
 
-def _loose_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+def _loose_files(name: str) -> list[Path]:
+    """Image files right in a folder, or those that ``name`` itself or as a glob stands for."""
+    path = Path(name)
+    if path.is_dir():
+        found = list(path.iterdir())
+    else:
+        found = [path] if path.is_file() else [Path(match) for match in glob.glob(name)]
+    return sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _rows(source: ImageSource, first: int, count: int | None, stride: int = 1) -> range:

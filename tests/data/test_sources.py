@@ -67,6 +67,9 @@ def test_parquet_files_in_any_form(tmp_path, plain_bytes):
         np.testing.assert_array_equal(rows, np.arange(10))
     one = open_images(str(tmp_path / "set/data/train-1.parquet"))
     np.testing.assert_array_equal(everything(one)[1], images[4:])
+    (tmp_path / "set/data").rename(tmp_path / "set [v2]")
+    for name in (tmp_path / "set [v2]", tmp_path / "set [v2]/train-1.parquet"):
+        assert len(open_images(str(name))) in (6, 10)  # these brackets are no pattern
 
 
 @given(order=st.permutations(range(7)), size=st.integers(1, 8))

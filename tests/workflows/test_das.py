@@ -161,6 +161,21 @@ def test_files_without_labels_need_the_unconditional_branch(index, tmp_path):
     assert rows_of(tmp_path / "s/queries.parquet")[0]["nearest"] == 1
 
 
+def test_one_image_file_or_a_glob_of_them_is_explained(tmp_path):
+    denoiser = load_denoiser("bundled:digits")
+    digits = open_images("digits").images
+    for row in (2, 0, 1):
+        Image.fromarray(digits[row, :, :, 0]).save(tmp_path / f"drawn [{row}].png")
+    one = open_queries(str(tmp_path / "drawn [2].png"), denoiser, unconditional=True)
+    assert one.ids == ("drawn [2].png",)
+    np.testing.assert_array_equal(one.images([0]).numpy(), digits[2:3])
+    some = open_queries(str(tmp_path / "drawn*[[]?].png"), denoiser, unconditional=True)
+    assert some.ids == ("drawn [0].png", "drawn [1].png", "drawn [2].png")
+    np.testing.assert_array_equal(some.images([0, 1, 2]).numpy(), digits[:3])
+    with pytest.raises(ConfigError, match="have no labels"):
+        open_queries(str(tmp_path / "drawn [2].png"), denoiser)
+
+
 def test_killed_and_by_two_processes_the_bytes_are_the_same(index, tmp_path):
     environment = os.environ | {"DIFFCAL_PROGRESS": "0", "OMP_NUM_THREADS": "1"}
     command = ["das", "index", "--preset", "digits", "--device", "cpu", *FLAGS]
