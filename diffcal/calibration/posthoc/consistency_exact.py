@@ -27,6 +27,10 @@ NoiseLaw = Literal["gaussian", "uniform", "gumbel"]
 
 PIECE_ELEMENTS = 1 << 20
 
+FEW_ACTIVE, FEW_ROWS, FEW_ELEMENTS = 16, 256, 1 << 16
+"""Up to how many classes that can win, and from how many such rows, rows run along the last axis; and
+the entries of a block then."""
+
 
 def exact_consistency(
     logits: Float[Tensor, "b k"], epsilon: float, noise: NoiseLaw = "gaussian"
@@ -77,14 +81,40 @@ def uniform_consistency(logits: Float[Tensor, "b k"], epsilon: float) -> Float[T
     s, order = z.sort(dim=1, descending=True)
     u = (s - s[:, :1]) / epsilon
     active = (u > -1).sum(dim=1)
-    probs = torch.zeros_like(u)
-    for count in active.unique().tolist():
-        rows = (active == count).nonzero()[:, 0]
-        size = max(1, PIECE_ELEMENTS // (count * min((count + 1) // 2, 64)))
-        for part in rows.split(size):
-            probs[part, :count] = _uniform_of_active(u[part, :count])
+    by_active = active.argsort()  # rows with equally many classes side by side
+    u, probs = u[by_active], torch.zeros_like(u)
+    start = 0
+    for count, rows in enumerate(active.bincount().tolist()):
+        few = count <= FEW_ACTIVE and rows >= FEW_ROWS
+        law = _uniform_of_few if few else _uniform_of_active
+        per_row = count if few else count * min((count + 1) // 2, 64)
+        size = max(1, (FEW_ELEMENTS if few else PIECE_ELEMENTS) // max(per_row, 1))
+        for first in range(start, start + rows, size):
+            part = slice(first, min(first + size, start + rows))
+            probs[part, :count] = law(u[part, :count])
+        start += rows
     probs /= probs.sum(dim=1, keepdim=True)
+    probs = torch.empty_like(probs).index_copy_(0, by_active, probs)
     return torch.zeros_like(probs).scatter_(1, order, probs).to(logits.dtype)
+
+
+def _uniform_of_few(u: Float[Tensor, "b i"]) -> Float[Tensor, "b i"]:
+    """:func:`_uniform_of_active` with the rows along the last axis, so that operations are long."""
+    u = u.t().contiguous()
+    count = len(u)
+    last = torch.zeros_like(u[:1])
+    ends = torch.cat([1 + u, last])
+    probs, factors = torch.zeros_like(u), torch.empty_like(u)
+    for i in range(1, count + 1):
+        width = ends[i - 1] - ends[i]
+        nodes, weights = legendre_nodes((i + 1) // 2)
+        for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+            some = torch.sub(torch.add(ends[i], width, alpha=node), u[:i], out=factors[:i])
+            product = width * weight
+            for factor in some:
+                product.mul_(factor)
+            probs[:i].addcdiv_(product, some)
+    return probs.t()
 
 
 def _uniform_of_active(u: Float[Tensor, "b i"]) -> Float[Tensor, "b i"]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.special import log_ndtr
 from torch import nn
 
+from diffcal.calibration.posthoc import consistency_exact
 from diffcal.calibration.posthoc.consistency import ConsistencyCalibration
 from diffcal.calibration.posthoc.consistency_exact import exact_consistency
 from diffcal.calibration.posthoc.consistency_gaussian import gaussian_log_consistency
@@ -98,6 +99,26 @@ def test_two_classes_in_closed_form():
     torch.testing.assert_close(exact_consistency(z, 2.0, "uniform")[:, 0], expected)
     expected = 0.5 * torch.erfc(-gap / (2 * 2))
     torch.testing.assert_close(exact_consistency(z, 2.0)[:, 0], expected)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_uniform_of_many_rows_is_that_of_single_ones(monkeypatch, spread):
+    """Rows together along the last axis, grouped by the number of classes that can win."""
+    z = rows(900, 9, spread)
+    z[::7] = z[::7].round()
+    together = exact_consistency(z, 2.0, "uniform")
+    monkeypatch.setattr(consistency_exact, "FEW_ACTIVE", 0)
+    alone = exact_consistency(z, 2.0, "uniform")
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-14)
+    assert torch.equal(together == 0, z <= z.amax(1, keepdim=True) - 2)
+    u = ((z - z.amax(1, keepdim=True)) / 2)[:5]
+    y = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+    for row, found in zip(u, together, strict=False):
+        density = (y[:, None] - row).clamp(min=0, max=1)
+        for k in range(9):
+            others = torch.cat([density[:, :k], density[:, k + 1 :]], dim=1).prod(1)
+            direct = torch.trapezoid(torch.where(y < 1 + row[k], others, 0), y)
+            assert float(found[k]) == pytest.approx(float(direct), abs=2e-4)
 
 
 def test_uniform_of_many_ties():
