@@ -101,9 +101,12 @@ def run_diffcal(
     normalise: bool = False,
     readout: str = "signed",
     half: bool = False,
-    batch_rows: int = 64,
+    batch_rows: int = 160,
 ) -> Solved:
-    """The Python interface: a featuriser, a kernel, scores."""
+    """The Python interface: a featuriser, a kernel, scores.
+
+    ``batch_rows``: (image, timestep) pairs at once, by default as many as the peers take.
+    """
     denoiser = problem.half if half else problem.denoiser
     assert denoiser is not None
     begin = time.process_time()

@@ -258,7 +258,7 @@ def test_methods_by_name():
     ("arguments", "message"),
     [
         (["index", "--preset", "digit"], "unknown preset 'digit'; known: das, das-official"),
-        (["index", "--set", "method=datamodel"], "unknown method 'datamodel': use das"),
+        (["index", "--set", "method=datamodels"], "unknown method 'datamodels': use das"),
         (["index", "--set", "features.timestep=3"], "did you mean 'timesteps'"),
         (["index", "--model", "nowhere"], "checkpoint 'nowhere' is missing"),
         (["index", "--preset", "digits", "--data", "gone.parquet"], "gone.parquet"),

@@ -282,7 +282,7 @@ def test_what_cannot_be_retrained_or_drawn_again_is_refused(scored, tmp_path, ca
         das.counterfactual_config(None, [tmp_path])
     for settings, message in (
         (["methods=['journey-trak']"], "needs queries of diffcal csm"),
-        (["methods=['datamodel']"], "unknown method 'datamodel': use das"),
+        (["methods=['datamodels']"], "unknown method 'datamodels': use das"),
         (["methods=[]"], "give scores, or methods"),
         (["other_seeds=[42]"], "which is the seed of the attributed model"),
         (["training.initialise_from=bundled:digits"], "starts from weights which have seen"),
