@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffcal.attribution.featurise import FeatureConfig, GradientMethod
+from diffcal.attribution.gradient_fused import UnknownUse
 from diffcal.attribution.presets import PRESETS
 from diffcal.attribution.score_config import ScoreConfig
 from diffcal.config import build_config
@@ -91,6 +92,10 @@ class DasConfig:
     """``fused``, ``vmap`` or ``loop``: the same numbers at different cost."""
     batch_rows: int = 64
     """(Image, timestep) pairs that pass through the network at once."""
+    channels_last: bool = False
+    """Keep network and images in that memory format: faster on many GPUs, seldom on a CPU."""
+    unknown: UnknownUse = "vmap"
+    """What ``fused`` does with a layer that it has no rule for: compute it by vmap, or ``refuse``."""
 
     def __post_init__(self) -> None:
         if self.method not in INDEX_METHODS:

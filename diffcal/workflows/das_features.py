@@ -134,6 +134,8 @@ def make_featuriser(
         functional=functional,
         method=config.gradients,
         batch_rows=config.batch_rows,
+        channels_last=config.channels_last,
+        unknown=config.unknown,
     )
 
 

@@ -31,6 +31,7 @@ from diffcal.errors import ArtifactError, ConfigError, DataError
 from diffcal.workflows import das
 from diffcal.workflows.das_gallery import draw_gallery
 from diffcal.workflows.das_images import open_queries
+from diffcal.workflows.das_index import AttributionIndex
 from diffcal.workflows.das_report import load_explanations
 from diffcal.workflows.das_score import QueryConfig, ScoreRunConfig, score_queries
 
@@ -331,3 +332,15 @@ def test_a_loss_of_ones_own_goes_through_every_stage_under_its_name(index, tmp_p
             dataclasses.replace(config.features, functional="custom:huber/1"),
             functional=other,
         )
+
+
+def test_how_gradients_are_computed_is_a_setting(index, tmp_path):
+    how = ["channels_last=true", "unknown=refuse", "batch_rows=7", "data.rows=12"]
+    das.index(das.das_config("digits", [*SMALL, *how]), tmp_path / "i", device="cpu")
+    found = AttributionIndex.open(tmp_path / "i", device="cpu")
+    weights = [p for p in found.denoiser.module.parameters() if p.ndim == 4 and min(p.shape) > 1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    expected = FeatureStore.open(index / "features").rows()[:12]
+    torch.testing.assert_close(found.store.rows(), expected, rtol=2e-3, atol=2e-4)
+    with pytest.raises(ConfigError, match=r"unknown.*skip"):
+        das.index(das.das_config("digits", ["unknown=skip"]), tmp_path / "j", device="cpu")
