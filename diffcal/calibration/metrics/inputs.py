@@ -140,8 +140,9 @@ class Predictions(Confidences):
     Give exactly one of ``logits`` and ``probs`` and exactly one of ``labels`` and ``soft_labels``;
     none is ever guessed from values. The predicted class is the lowest index among equal maxima.
     Everything is computed in float64 in blocks of rows; the inputs are referred to, not copied. Only
-    on the CPU are exponentials of single (and half) precision logits taken in float32, without loss
-    near confidence 1: the rounding of such logits z, ``|z| 2^-24``, is the larger error.
+    on the CPU, with 64 classes or more, are exponentials of single (and half) precision logits taken
+    in float32, without loss near confidence 1: the rounding of such logits z, ``|z| 2^-24``, is the
+    larger error.
 
     Args:
         logits: ``[n, k]``, floating, finite.

@@ -11,8 +11,9 @@ in float64. Their relative errors stay below ``2^-24 (16 + 2 max |z|)``, with lo
 counted as 100, however close to 1 a confidence lies: at ordinary logits 1e-6 of the confidence and
 4e-6 of its distance to 1. Parts below 1e-38 of the largest count as nothing.
 
-Rows of few classes are shifted by their largest logit first, which is exact for rows that differ by a
-shift. Rows of many classes are shifted only where that is needed to stay inside the range of float32.
+This is for rows of many classes; they are shifted by their largest logit only where that is needed to
+stay inside the range of float32. With few classes there are more rows than float32 sums tell apart,
+and confidences that tie by rounding cost more in what follows than the exponentials save.
 """
 
 import math
@@ -21,9 +22,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from diffcal.calibration.metrics.row_values import RowValues, Table, Unreadable, first_largest
+from diffcal.calibration.metrics.row_values import RowValues, Table, Unreadable
 
-__all__ = ["few_single", "many_single"]
+__all__ = ["many_single"]
 
 RANGE = 36.0
 """Logits within ±36 need no shift: their exponentials, those's squares and sums of millions of them
@@ -42,34 +43,6 @@ def _fast_exponential() -> tuple[np.ufunc, np.float32 | None]:
 
 
 EXPONENTIAL, SCALE = _fast_exponential()
-
-
-def few_single(block: Table, y: Table, spare: Table, with_scores: bool) -> RowValues:
-    """Values of some rows ``[m, k]`` of fewer than 128 classes, which run along the first axis.
-
-    Args:
-        spare: float32, at least as many entries as ``block``; overwritten.
-
-    Raises:
-        Unreadable: NaN or infinity.
-    """
-    m, k = block.shape
-    flat = spare[: m * k]
-    e = flat.reshape(k, m)
-    np.copyto(e, block.T)
-    low = e.min()
-    index, top = first_largest(e)
-    _require_finite(low, top.max())
-    e -= top
-    rows = np.arange(m)
-    gap = -flat[y * m + rows].astype(np.float64) if with_scores else None
-    _exponentials(e, e)
-    flat[index.astype(np.int64) * m + rows] = 0
-    rest = e.sum(axis=0).astype(np.float64)
-    if gap is None:
-        return RowValues(index, 1 / (1 + rest), index == y)
-    squares = np.einsum("ij,ij->j", e, e).astype(np.float64)
-    return _scored(index, y, top.astype(np.float64), gap, rest, squares)
 
 
 def many_single(

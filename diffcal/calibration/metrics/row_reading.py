@@ -2,15 +2,15 @@
 
 Of every row come the predicted class, the confidence, whether it was right, the log score and the
 Brier score. The time goes into one exponential per logit, which NumPy takes more than twice as fast
-as torch, so that everything here is NumPy; :mod:`row_exponentials` takes them of logits in single
-precision. Rows are read in blocks that stay in the cache, by as many workers as torch has threads:
-NumPy lets go of the interpreter while it computes. Few classes run along the first axis of a block,
-so that every operation is a long one; what is done to single numbers per row of many classes is done
-to thousands of rows at once.
+as torch, so that everything here is NumPy; :mod:`row_exponentials` takes those of many float32 logits
+per row in single precision. Rows are read in blocks that stay in the cache, by as many workers as
+torch has threads: NumPy lets go of the interpreter while it computes. Few classes run along the first
+axis of a block, so that every operation is a long one; what is done to single numbers per row of many
+classes is done to thousands of rows at once.
 
-Float64 logits are shifted by the largest of their row before anything else: rows that differ by a
-shift then have equal confidences to the last bit, and binned and ranking measures see their ties. So
-are float32 logits of few classes.
+Logits are shifted by the largest of their row before anything else: rows that differ by a shift then
+have equal confidences to the last bit, and binned and ranking measures see their ties. Only float32
+logits of many classes are not.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffcal.calibration.metrics.row_exponentials import few_single, many_single
+from diffcal.calibration.metrics.row_exponentials import many_single
 from diffcal.calibration.metrics.row_values import RowValues, Table, Unreadable, first_largest
 
 __all__ = ["RowValues", "Unreadable", "read_rows"]
@@ -61,10 +61,10 @@ def read_rows(
     """
     n, k = scores.shape
     y = labels.numpy()
-    single = scores.dtype != torch.float64
     few = k < FEW_CLASSES
+    single = scores.dtype != torch.float64 and not few
     block_size = max(1, BLOCK_ELEMENTS * (2 if single else 1) // k)  # rows that fit the cache
-    together = not few and (single if logits else not with_scores)
+    together = single if logits else not (few or with_scores)
     size = max(block_size, MANY_ELEMENTS // k) if together else block_size
     starts = range(0, n, size)
     workers = max(1, min(torch.get_num_threads(), len(starts)))
@@ -81,8 +81,6 @@ def read_rows(
             return block_of(slice(rows.start + part.start, rows.start + part.stop))
 
         if logits and single:
-            if few:
-                return few_single(block_of(rows), y[rows], spare.reshape(-1), with_scores)
             return many_single(within, y[rows], spare, with_scores)
         if logits:
             return _of_logits(block_of(rows), y[rows], spare.reshape(-1), with_scores)

@@ -39,7 +39,7 @@ def test_first_reading(monkeypatch, dtype, k, whole):
         plain = plainly_read(monkeypatch, **given, labels=y)
         assert torch.equal(quick.predicted, plain.predicted)
         assert torch.equal(quick.outcome, plain.outcome)
-        single = "logits" in given and dtype != torch.float64
+        single = "logits" in given and dtype != torch.float64 and k >= 64
         far, near = (1e-5, 1e-6) if single else (1e-12, 1e-13)
         torch.testing.assert_close(quick.confidence, plain.confidence, rtol=near, atol=0)
         assert quick.mean_log_score == pytest.approx(plain.mean_log_score, rel=near)
@@ -53,7 +53,7 @@ EXPONENTIALS = [(np.exp2, np.float32(1 / math.log(2))), (np.exp, None)]
 
 
 @pytest.mark.parametrize(("exponential", "scale"), EXPONENTIALS)
-@pytest.mark.parametrize("k", [7, 200, 5000])
+@pytest.mark.parametrize("k", [64, 200, 5000])
 def test_single_precision_is_as_good_as_its_logits(monkeypatch, exponential, scale, k):
     monkeypatch.setattr(row_exponentials, "EXPONENTIAL", exponential)
     monkeypatch.setattr(row_exponentials, "SCALE", scale)
