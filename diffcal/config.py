@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import tomllib
 import types
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from diffcal.errors import ConfigError
 
-__all__ = ["build_config", "config_from_dict", "config_to_dict", "flatten"]
+__all__ = ["build_config", "check_choices", "config_from_dict", "config_to_dict", "flatten"]
 
 T = TypeVar("T")
 
@@ -36,6 +37,32 @@ def config_from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -
         return cls(**kwargs)
     except TypeError as error:
         raise ConfigError(f"{where or cls.__name__}: {error}") from error
+
+
+def check_choices(config: Any) -> None:
+    """Raise :class:`ConfigError` where a ``Literal`` field of a dataclass holds something else.
+
+    Presets and overrides are checked as they are read; this is for objects made in Python, which
+    would otherwise take the branch of another choice.
+    """
+    for name, choices in _choices(type(config)).items():
+        value = getattr(config, name)
+        if value not in choices:
+            raise ConfigError(
+                f"{name} of {type(config).__name__} must be one of "
+                f"{', '.join(map(repr, choices))}; got {value!r}"
+            )
+
+
+@functools.cache
+def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
+    hints = typing.get_type_hints(cls)
+    found = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        hint = hints[field.name]
+        if typing.get_origin(hint) is typing.Literal:
+            found[field.name] = typing.get_args(hint)
+    return found
 
 
 def build_config(

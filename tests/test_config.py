@@ -1,9 +1,15 @@
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+import diffcal
 from diffcal.config import build_config, config_from_dict, config_to_dict, flatten
 from diffcal.errors import ConfigError
 
@@ -64,3 +70,50 @@ def test_bad_settings_are_named(override, message):
 
 def test_flatten_names_nested_fields():
     assert flatten({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}
+
+
+def literal_fields():
+    """(class, field) of every dataclass of diffcal whose field has fixed choices."""
+    for found in pkgutil.walk_packages(diffcal.__path__, "diffcal."):
+        if found.name in ("diffcal.__main__", "diffcal.calibration.metrics.torchmetrics_wrappers"):
+            continue
+        module = importlib.import_module(found.name)
+        for cls in list(vars(module).values()):
+            if not isinstance(cls, type) or cls.__module__ != found.name:
+                continue
+            if dataclasses.is_dataclass(cls) and not inspect.isabstract(cls):
+                hints = typing.get_type_hints(cls)
+                for field in dataclasses.fields(cls):
+                    if field.init and typing.get_origin(hints[field.name]) is typing.Literal:
+                        yield cls, field.name
+
+
+def made_with(cls, **changes):
+    """``cls(**changes)`` past the annotations of ``__init__``, which only tests check."""
+    made = object.__new__(cls)
+    for each in dataclasses.fields(cls):
+        given = each.default
+        if each.default_factory is not dataclasses.MISSING:
+            given = each.default_factory()
+        object.__setattr__(made, each.name, changes.get(each.name, given))
+    made.__post_init__()
+    return made
+
+
+def test_no_object_takes_a_choice_that_there_is_not():
+    checked = set()
+    for cls, name in literal_fields():
+        missing = {each.name for each in dataclasses.fields(cls) if each.init}
+        missing -= {
+            each.name
+            for each in dataclasses.fields(cls)
+            if each.default is not dataclasses.MISSING
+            or each.default_factory is not dataclasses.MISSING
+        }
+        if missing:
+            continue  # a result, or a description that is read from a checked file
+        checked.add(cls.__name__)
+        made_with(cls)
+        with pytest.raises(ConfigError, match=r"no such choice"):
+            made_with(cls, **{name: "no such choice"})
+    assert {"TemperatureScaling", "ProjectionConfig", "ScoreConfig", "SamplerConfig"} <= checked

@@ -24,7 +24,7 @@ from diffcal.attribution.parameters import select_parameters
 from diffcal.attribution.projection import ProjectionConfig, Projector
 from diffcal.attribution.projectors import make_projector
 from diffcal.attribution.timesteps import TimestepStrategy, noise_levels
-from diffcal.config import config_to_dict
+from diffcal.config import check_choices, config_to_dict
 from diffcal.core.devices import module_device
 from diffcal.core.runs import fingerprint
 from diffcal.diffusion.denoisers import Denoiser
@@ -70,6 +70,7 @@ class FeatureConfig:
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not self.is_custom and self.functional not in FUNCTIONALS:
             raise ConfigError(
                 f"unknown functional '{self.functional}': use {', '.join(FUNCTIONALS)} or custom"

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcal.config import check_choices
 from diffcal.errors import ConfigError, DataError
 
 __all__ = [
@@ -52,6 +53,7 @@ class ProjectionConfig:
     in absolute units by dim."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("dim", "nonzeros", "factor_dim", "mask_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(

@@ -15,6 +15,7 @@ from diffcal.attribution.readouts import Readout, read_out
 from diffcal.attribution.residuals import ResidualKind, residual_weights
 from diffcal.attribution.rows import BLOCK_ROWS, Rows
 from diffcal.attribution.scores import ScoreBlock, ScoreNorm, score_blocks
+from diffcal.config import check_choices
 from diffcal.errors import ConfigError, DataError
 
 __all__ = ["DampingRule", "ScoreConfig", "ScoreMethod", "score_features"]
@@ -47,6 +48,7 @@ class ScoreConfig:
     """Where :func:`~.damping_selection.choose_damping` looks, under the same rule."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for value in (self.damping, *self.damping_grid):
             if not 0 < value < float("inf"):
                 raise ConfigError(f"damping must be positive and finite, got {value}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffcal.calibration.losses.registry import LOSSES, build_loss
+from diffcal.config import check_choices
 from diffcal.errors import ConfigError
 
 __all__ = [
@@ -37,6 +38,7 @@ class AugmentationConfig:
     """Mirror half of the images; wrong for digits."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.crop_padding < 0:
             raise ConfigError(
                 f"augmentation.crop_padding must not be negative, got {self.crop_padding}"
@@ -65,6 +67,7 @@ class DataMethodConfig:
     so on; ``coefficient`` times it is added to the loss of the raw batch."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise ConfigError(f"data_method.alpha must be positive, got {self.alpha}")
         if not 0 < self.probability <= 1:
@@ -129,6 +132,7 @@ class MixedConfig:
     leave the running averages alone, so that real statistics are used at test."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.weight < 0 or self.start_epoch < 0 or self.ramp_epochs < 0:
             raise ConfigError("mixed: weight, start_epoch and ramp_epochs must not be negative")
         if self.per_real < 1:
@@ -185,6 +189,7 @@ class ClassifierConfig:
     """Steps between saved states, besides the epochs'."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         counts = {
             "epochs": self.epochs,
             "batch_size": self.batch_size,

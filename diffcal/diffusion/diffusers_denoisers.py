@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from diffcal.config import config_from_dict
+from diffcal.config import check_choices, config_from_dict
 from diffcal.core.devices import resolve_device
 from diffcal.diffusion.diffusers_base import AttentionBackend, DiffusersDenoiser
 from diffcal.diffusion.diffusers_dit import DiTDenoiser
@@ -62,6 +62,7 @@ class DiffusersOptions:
     """Use only what the hub cache already holds."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.decode_chunk is not None and self.decode_chunk < 1:
             raise ConfigError(f"decode_chunk must be at least 1, got {self.decode_chunk}")
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffcal.config import check_choices
 from diffcal.errors import ConfigError
 
 __all__ = [
@@ -39,6 +40,9 @@ class Initialisation:
     )
     weight_gain: float = 1.0
     bias_gain: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def draw(self, shape: Sequence[int], fan_in: int, fan_out: int, gain: float) -> nn.Parameter:
         """Parameter of ``shape``; a gain of 0 draws nothing from the random stream."""

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from diffcal.config import check_choices
 from diffcal.core.rng import item_generator, item_seed
 from diffcal.core.tensors import append_dims
 from diffcal.diffusion.augmentation import AugmentConfig, augment
@@ -58,6 +59,7 @@ class OptimizerConfig:
     channels_last: bool = True
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.steps < 1 or self.batch_size < 1 or self.accumulate < 1:
             raise ConfigError("optimizer: steps, batch_size and accumulate must be at least 1")
         if self.batch_size % self.accumulate:

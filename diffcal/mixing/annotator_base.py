@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from diffcal.config import check_choices
 from diffcal.errors import ArtifactError, ConfigError, DataError
 from diffcal.mixing.prototypes import FeatureBatches
 
@@ -27,6 +28,7 @@ class Annotator(ABC):
     """True: labels range over all classes, whatever was mixed. False: over the mixed ones."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         self.state: dict[str, Tensor] = {}
         self.report: dict[str, float] = {}
 

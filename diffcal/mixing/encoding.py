@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from diffcal.config import check_choices
 from diffcal.core.devices import resolve_device
 from diffcal.diffusion.checkpoints import load_denoiser
 from diffcal.diffusion.denoisers import Denoiser
@@ -42,6 +43,9 @@ class EncoderConfig:
     ``dtype`` of a transformers model."""
     unit_length: bool = False
     """Divide features by their length (the CSM release does not)."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 def build_encoder(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffcal.config import check_choices
 from diffcal.errors import ConfigError
 from diffcal.mixing.annotators import build_annotator
 from diffcal.mixing.encoding import EncoderConfig
@@ -62,6 +63,7 @@ class AnnotationConfig:
     """Add the features to the annotation, as float16."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.name and (Path(self.name).name != self.name or self.name.startswith(".")):

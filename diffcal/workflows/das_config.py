@@ -11,7 +11,7 @@ from diffcal.attribution.featurise import FeatureConfig, GradientMethod
 from diffcal.attribution.gradient_fused import UnknownUse
 from diffcal.attribution.presets import PRESETS
 from diffcal.attribution.score_config import ScoreConfig
-from diffcal.config import build_config
+from diffcal.config import build_config, check_choices
 from diffcal.errors import ConfigError
 from diffcal.mixing.encoding import EncoderConfig
 from diffcal.workflows.generate import ModelConfig
@@ -64,6 +64,7 @@ class StoreConfig:
     """Images of one file: what one process works on, and what a kill can cost."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.shard_rows < 1:
             raise ConfigError(f"store.shard_rows must be at least 1, got {self.shard_rows}")
 
@@ -98,6 +99,7 @@ class DasConfig:
     """What ``fused`` does with a layer that it has no rule for: compute it by vmap, or ``refuse``."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.method not in INDEX_METHODS:
             raise ConfigError(f"unknown method '{self.method}': use {', '.join(INDEX_METHODS)}")
         if len(set(self.models)) < len(self.models):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from diffcal.config import check_choices
 from diffcal.errors import ConfigError
 
 __all__ = ["REST", "HeldOut", "QueryConfig"]
@@ -28,6 +29,9 @@ class QueryConfig:
     """Gradients at the images themselves, or at the predicted clean images of every sampling step
     (Journey-TRAK), for images of ``diffcal csm``, which can be drawn again; auto: as the index's
     method has it."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from diffcal import __version__
-from diffcal.config import config_to_dict
+from diffcal.config import check_choices, config_to_dict
 from diffcal.core.processes import process_state
 from diffcal.core.progress import progress_bar
 from diffcal.core.runs import claim_folder, read_json, sha256_file, write_atomic, write_json
@@ -41,6 +41,9 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """For diffusers models: keywords of ``load_diffusers_denoiser``, for instance the prompts of a
     text-to-image model."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from diffcal.calibration.training_data import (
     hold_out,
 )
 from diffcal.calibration.training_loop import fit_classifier
-from diffcal.config import config_to_dict
+from diffcal.config import check_choices, config_to_dict
 from diffcal.core.rng import item_generator
 from diffcal.core.runs import claim_folder, fingerprint, sha256_file
 from diffcal.data.soft_labels import SoftLabelSet
@@ -60,6 +60,9 @@ class MixedSource:
     members: Literal["all", "pure"] = "all"
     """``pure``: only images generated from a single class. With ``one_hot`` this is the control
     that tells more data apart from soft labels."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from diffcal.config import config_to_dict
+from diffcal.config import check_choices, config_to_dict
 from diffcal.core.progress import progress_bar
 from diffcal.core.rng import item_normal
 from diffcal.core.runs import claim_folder, write_atomic
@@ -50,6 +50,9 @@ class NetworkConfig:
     extra: dict[str, Any] = field(default_factory=dict)
     """Further constructor arguments by name, for instance ``{"resample_filter": [1, 3, 3, 1]}``."""
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainDiffusionConfig:
@@ -77,6 +80,7 @@ class TrainDiffusionConfig:
     attributions that follow the training (TracInCP, GAS) want several."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         outside = [share for share in self.keep if not 0 < share <= 1]
         if outside:
             raise ConfigError(f"keep: shares of the training lie in (0, 1], got {outside[0]:g}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffcal.calibration.metrics.binned import expected_calibration_error
 from diffcal.calibration.metrics.inputs import Predictions
+from diffcal.config import check_choices
 from diffcal.core.tensors import as_tensor
 from diffcal.errors import CheckpointError, ConfigError, DataError
 
@@ -116,6 +117,7 @@ class Calibrator(ABC):
     def __post_init__(self) -> None:
         self._classes = 0
         self._features = 0
+        check_choices(self)
         self._check_settings()
 
     def fit(
