@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffcal.attribution.datamodels import FOLDS
+from diffcal.attribution.lds_folds import FEWEST
 from diffcal.attribution.presets import PRESETS
 from diffcal.config import config_from_dict
 from diffcal.diffusion.samplers import SamplerConfig
@@ -112,8 +114,14 @@ class LdsConfig:
         for name in self.methods:
             if name not in INDEX_METHODS:
                 raise ConfigError(f"unknown method '{name}': use {', '.join(INDEX_METHODS)}")
-            if name in SUBSET_LOSSES:
-                continue  # they ask the subset models themselves
+            if name in SUBSET_LOSSES:  # they ask the subset models themselves
+                rest = self.subsets.count - -(-self.subsets.count // self.folds)
+                if self.subsets.count < FEWEST * self.folds or rest < FOLDS:
+                    raise ConfigError(
+                        f"'{name}' is fitted on some of the {self.subsets.count} subsets and judged on "
+                        f"the others: too few for {self.folds} folds"
+                    )
+                continue
             self.index_config(name)
             if PRESETS[name].get("queries") == "sampling-path" and not self.queries.generated:
                 raise ConfigError(f"'{name}' judges generated queries alone: set queries.generated")

@@ -130,6 +130,8 @@ def test_two_processes_measure_what_one_does(run, tmp_path):
 def test_what_is_not_there_is_one_clear_line(run, tmp_path):
     with pytest.raises(ConfigError, match="name a run of diffcal das lds"):
         das.index(das.das_config("datamodel"), tmp_path / "a", device="cpu")
+    with pytest.raises(ConfigError, match="'datamodel' is fitted on some of the 8 subsets"):
+        das.lds_config("digits", ["subsets.count=8", "methods=['datamodel']"])
     nowhere = das.das_config("datamodel", [f"subset_run={tmp_path}"])
     with pytest.raises(ArtifactError, match="is not a finished run of diffcal das lds"):
         das.index(nowhere, tmp_path / "b", device="cpu")
