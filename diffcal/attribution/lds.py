@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64, Shaped
@@ -54,7 +54,7 @@ class LDS:
     """If other queries had been asked."""
     over_both: Spread
     """Both at once: the interval to report."""
-    draws: Float64[Tensor, " r"]
+    draws: Float64[Tensor, " r"] = field(repr=False)
     """The resampled means behind ``over_both``. Scores judged with one seed on the same table meet the
     same resamples: the spread of a difference is that of the differences of their draws
     (:func:`lds_difference`)."""

@@ -28,10 +28,10 @@ class Rows(Protocol):
 
 
 class TensorRows:
-    """Rows of a tensor: features, flattened images or encoder embeddings."""
+    """Rows of a tensor, without its graph: features, flattened images or encoder embeddings."""
 
     def __init__(self, tensor: Float[Tensor, "n ..."]) -> None:
-        self.tensor = tensor.flatten(1)
+        self.tensor = tensor.detach().flatten(1)
 
     @property
     def dim(self) -> int:

@@ -96,7 +96,7 @@ def score_path(
             kernel.resolution,
             str(kernel.eigenvalues.dtype).removeprefix("torch."),
         )
-    query = kernel.rotate(require_finite(queries, "query features"))
+    query = kernel.rotate(require_finite(queries.detach(), "query features"))
     start = 0
     for block in rows.blocks(block_rows):
         stop = start + len(block)

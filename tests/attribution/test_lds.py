@@ -348,3 +348,11 @@ def test_bad_input_is_one_clear_line():
     losses[3, 2] = float("nan")
     with pytest.raises(NumericalError, match="losses: 1 of 240"):
         linear_datamodeling_score(predictions, losses)
+
+
+def test_a_score_shows_itself_in_a_few_lines():
+    generator = torch.Generator().manual_seed(0)
+    predictions, losses = torch.randn(2, 8, 3, generator=generator)
+    shown = repr(linear_datamodeling_score(predictions, losses))
+    assert "over_both" in shown
+    assert len(shown) < 700  # not the 500 resampled means

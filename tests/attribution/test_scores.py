@@ -247,6 +247,17 @@ def test_models_are_averaged_block_by_block():
         collect(average_blocks([]))
 
 
+def test_features_that_carry_a_graph_give_the_same_scores_without_one():
+    generator = torch.Generator().manual_seed(4)
+    rows, queries = torch.randn(9, 5, generator=generator), torch.randn(2, 5, generator=generator)
+    expected = kernel_scores(fit_kernel(rows), queries, rows, 0.3)
+    rows.requires_grad_()
+    queries.requires_grad_()
+    found = kernel_scores(fit_kernel(rows), queries, rows, 0.3)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_bad_input_is_one_clear_line():
     rows = normal(6, 3)
     kernel = fit_kernel(rows)
