@@ -1,7 +1,7 @@
 """Shards of an artefact against the hashes in its manifest."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from diffcal.core.runs import read_json, sha256_file
@@ -19,7 +19,8 @@ def read_manifest(folder: Path, format: str, needs: Sequence[str] = ()) -> dict[
         needs: Further keys that must be there.
 
     Raises:
-        ArtifactError: no manifest, another format, no shards, a key is missing.
+        ArtifactError: no manifest, another format, no shards, a key is missing, or a shard's file is
+            not one within the folder (stages write files of the same names elsewhere).
     """
     path = folder / "manifest.json"
     manifest = read_json(path)
@@ -31,7 +32,21 @@ def read_manifest(folder: Path, format: str, needs: Sequence[str] = ()) -> dict[
             raise ArtifactError(f"'{path}' lacks '{key}'")
     if not manifest["shards"]:
         raise ArtifactError(f"'{path}' lists no shards")
+    for entry in manifest["shards"]:
+        named = entry if isinstance(entry, dict) else {}
+        if not all(isinstance(named.get(key), str) for key in ("file", "sha256")):
+            raise ArtifactError(f"'{path}': a shard has no file and sha256")
+        if not _stays_within(named["file"]):
+            raise ArtifactError(f"'{path}': shard '{named['file']}' is no file of this folder")
     return manifest
+
+
+def _stays_within(name: str) -> bool:
+    # both kinds of paths, as a manifest may come from another system
+    return all(
+        not path.is_absolute() and not path.drive and ".." not in path.parts
+        for path in (PurePosixPath(name), PureWindowsPath(name))
+    )
 
 
 def verified_shard(folder: Path, entry: Mapping[str, Any]) -> Path:
