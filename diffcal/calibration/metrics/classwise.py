@@ -15,7 +15,8 @@ from diffcal.calibration.metrics.binning import (
     mass_edges_of_values,
 )
 from diffcal.calibration.metrics.inputs import Confidences, Predictions
-from diffcal.errors import ConfigError
+from diffcal.core.tensors import as_tensor
+from diffcal.errors import ConfigError, DataError
 
 __all__ = [
     "adaptive_calibration_error",
@@ -120,6 +121,9 @@ def group_calibration_errors(
     Args:
         groups: ``[n]`` integers, or ``"predicted"`` or ``"label"`` for the classes (the largest
             entry of a soft label).
+
+    Raises:
+        DataError: not one integer for each example.
     """
     if isinstance(groups, str):
         if groups == "predicted":
@@ -130,7 +134,12 @@ def group_calibration_errors(
         else:
             raise ConfigError(f"groups must be a tensor, 'predicted' or 'label', got '{groups}'")
     else:
-        ids = torch.as_tensor(groups).to(predictions.predicted)
+        given = as_tensor(groups, "groups")
+        if given.is_floating_point() or given.shape != (len(predictions),):
+            raise DataError(
+                f"groups must be integers [{len(predictions)}], got {given.dtype} {list(given.shape)}"
+            )
+        ids = given.to(predictions.predicted)
     table = {}
     for index in torch.unique(ids).tolist():
         rows = ids == index

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from diffcal.calibration.metrics.binning import (
@@ -77,6 +77,13 @@ class SweepResult:
     n_bins: int
 
 
+def _running(values: Shaped[Tensor, " n"]) -> Float[Tensor, " m"]:
+    """Sums of the first 0, 1, ..., n values, float64."""
+    sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=values.device)
+    torch.cumsum(values, 0, dtype=torch.float64, out=sums[1:])
+    return sums
+
+
 def sweep_calibration_error(scores: Confidences, norm: float = 1.0) -> SweepResult:
     """Equal-mass ECE with the largest number of bins whose accuracies still rise.
 
@@ -85,19 +92,23 @@ def sweep_calibration_error(scores: Confidences, norm: float = 1.0) -> SweepResu
 
     Source: Roelofs et al. 2022 (arXiv:2012.08668), algorithm 1.
     """
+    # Millions of examples: every array of theirs counts, so that none outlives its use.
     if len(scores.profile.confidence) == len(scores):  # no ties: the shared sort will do
         c, t = scores.profile.confidence, scores.profile.hits
     else:
         order = torch.argsort(scores.confidence, stable=True)
-        c, t = scores.confidence[order], scores.outcome[order]
-    zero = c.new_zeros(1)
-    sum_c, sum_t = torch.cat([zero, c.cumsum(0)]), torch.cat([zero, t.cumsum(0)])
+        c, t = scores.confidence[order], scores.raw_outcome[order]
+        del order
     n = len(c)
-    if bool((torch.diff(t) >= 0).all()):  # then bins of single examples rise, and so do all others
-        return SweepResult(float(((c - t).abs() ** norm).mean() ** (1 / norm)), n)
+    if bool((t[1:] >= t[:-1]).all()):  # then bins of single examples rise, and so do all others
+        return SweepResult(float(((c - t.double()).abs() ** norm).mean() ** (1 / norm)), n)
+    sum_c = _running(c)
+    del c
+    sum_t = _running(t)
+    del t
     best = SweepResult(float("nan"), 0)
     for bins in range(1, n + 1):
-        ends = _rank_ends(n, bins, c.device)
+        ends = _rank_ends(n, bins, sum_c.device)
         count = torch.diff(ends).double()
         accuracy = torch.diff(sum_t[ends]) / count
         # bins of sums that differ by rounding only count as equal

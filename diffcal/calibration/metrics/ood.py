@@ -40,12 +40,14 @@ def ood_scores(
 
     Raises:
         DataError: NaN or infinite input, or not exactly one of logits and probs.
-        ConfigError: unknown score, or one that needs logits.
+        ConfigError: unknown score, one that needs logits, or a temperature that is not positive.
 
     Source: Hendrycks and Gimpel 2017 (arXiv:1610.02136); Liu et al. 2020 (arXiv:2010.03759).
     """
     if (logits is None) == (probs is None):
         raise DataError("give exactly one of logits and probs")
+    if not temperature > 0:
+        raise ConfigError(f"temperature must be positive, got {temperature:g}")
     given = as_tensor(logits if logits is not None else probs, "scores").double()
     if given.ndim != 2 or given.numel() == 0:
         raise DataError(f"expected non-empty [n, k], got {list(given.shape)}")

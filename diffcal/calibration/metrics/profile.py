@@ -42,9 +42,9 @@ class Profile:
         torch.ne(c[1:], c[:-1], out=last[:-1])
         if bool(last.all()):
             return Profile(c, c.new_ones(1).expand(len(c)), t)  # ones that take no memory
-        ends = last.nonzero()[:, 0] + 1
-        counts = torch.diff(ends, prepend=ends.new_zeros(1)).double()
-        return Profile(c[ends - 1], counts, segment_sums(t, ends))
+        lasts = last.nonzero()[:, 0]
+        del last  # millions of examples: every array of theirs counts
+        return Profile(c[lasts], _counts(lasts), _block_sums(t, lasts))
 
     def pieces(self, falling: bool = False) -> Iterator["Profile"]:
         """The profile cut along the confidences into pieces that fit the cache, in order.
@@ -84,6 +84,23 @@ def segment_sums(values: Float[Tensor, "*r m"], ends: Int[Tensor, " b"]) -> Floa
     return torch.diff(at_ends, dim=-1, prepend=torch.zeros_like(at_ends[..., :1]))
 
 
+def _counts(lasts: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+    counts = lasts.double()
+    counts[1:] -= lasts[:-1]
+    counts[0] += 1
+    return counts
+
+
+def _block_sums(values: Float[Tensor, " n"], lasts: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Sums of ``values`` up to each of ``lasts`` (inclusive) from behind the one before."""
+    if values.device.type != "cpu":
+        return segment_sums(values, lasts + 1)
+    starts = np.empty(len(lasts), dtype=np.int64)
+    starts[0] = 0
+    np.add(lasts[:-1].numpy(), 1, out=starts[1:])
+    return torch.from_numpy(np.add.reduceat(values.numpy(), starts))
+
+
 def sort_with_outcome(
     confidence: Float[Tensor, " n"], outcome: Shaped[Tensor, " n"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
@@ -96,7 +113,8 @@ def sort_with_outcome(
         key.numpy().sort()
     else:
         key = key.sort().values
-    return parted(key)
+    right = (key & 1).double()
+    return key.bitwise_right_shift_(1).view(torch.float64), right
 
 
 def joined(confidence: Float[Tensor, " n"], right: Bool[Tensor, " n"]) -> Int[Tensor, " n"]:

@@ -92,9 +92,9 @@ def smooth_calibration_error(scores: Confidences, cells: int = 8192) -> float:
     """
 
     def make() -> float:
-        c, r = scores.confidence, scores.confidence - scores.outcome
-        smoother = GaussianSmoother(c.device, cells)
-        transform = smoother.spread(c, r) / len(c)
+        smoother = GaussianSmoother(scores.confidence.device, cells)
+        parts = [smoother.spread(c, c - t.double()) for c, t in scores.pieces()]
+        transform = torch.stack(parts).sum(dim=0) / len(scores)
         return float(_fixed_point(smoother, transform))
 
     return scores.cached(("smece", cells), make)
