@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffcal.calibration.metrics.classwise import group_calibration_errors
 from diffcal.calibration.metrics.inputs import Confidences, Predictions
+from diffcal.calibration.metrics.ood import ood_scores
 from diffcal.calibration.metrics.proper import negative_log_likelihood
 from diffcal.calibration.metrics.summary import calibration_summary, evaluate, measure
 from diffcal.errors import ConfigError, DataError
@@ -188,3 +190,18 @@ def test_arrays_that_torch_cannot_hold_give_the_values_of_those_it_can():
     expected = calibration_summary(logits=z, labels=y)
     given = calibration_summary(logits=z.astype(">f8")[::-1], labels=y.astype(np.uint16)[::-1])
     assert given == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+def test_groups_are_one_integer_for_each_example():
+    predictions = Predictions(logits=LOGITS, labels=LABELS)
+    found = group_calibration_errors(predictions, np.array([7, 7, 9], dtype=np.uint16))
+    assert {index: row["count"] for index, row in found.items()} == {7: 2, 9: 1}
+    for groups in (np.array([0.5, 0.7, 1.0]), np.array([0, 1]), np.zeros((3, 1), dtype=int)):
+        with pytest.raises(DataError, match=r"groups must be integers \[3\]"):
+            group_calibration_errors(predictions, groups)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_scores_of_outsiders_need_a_positive_temperature(temperature):
+    with pytest.raises(ConfigError, match="temperature must be positive"):
+        ood_scores(logits=LOGITS, score="energy", temperature=temperature)
