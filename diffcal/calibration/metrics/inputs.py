@@ -25,7 +25,8 @@ from diffcal.errors import DataError
 __all__ = ["BLOCK_ELEMENTS", "Confidences", "Predictions", "SUM_TOLERANCE"]
 
 SUM_TOLERANCE = 1e-3
-"""How far the sum of a row of probabilities or of a soft label may be from 1."""
+"""How far the sum of a row of probabilities or of a soft label may be from 1, besides what half
+precision rounds away."""
 
 ROUNDING = 1e-6
 """How far a confidence may exceed 1 by rounding; it then counts as 1."""
@@ -451,7 +452,8 @@ class Predictions(Confidences):
         sums = p.sum(dim=1)
         if not bool(sums.isfinite().all()):
             _require_finite(p, "probs", rows.start)
-        _check_distribution(p, sums, "probs", rows.start, any_sum=self._renormalize)
+        dtype = self.scores.dtype
+        _check_distribution(p, sums, "probs", rows.start, dtype, any_sum=self._renormalize)
         if self._renormalize:
             p = p.div_(sums[:, None])
         index = p.argmax(dim=1)
@@ -499,7 +501,7 @@ def _soft(soft_labels: Tensor | np.ndarray, scores: Tensor) -> Tensor:
         sums = block.sum(dim=1)
         if not bool(sums.isfinite().all()):
             _require_finite(block, "soft_labels", start)
-        _check_distribution(block, sums, "soft_labels", start)
+        _check_distribution(block, sums, "soft_labels", start, q.dtype)
     return q
 
 
@@ -514,7 +516,7 @@ def _require_finite(block: Tensor, what: str, start: int) -> None:
 
 
 def _check_distribution(
-    p: Tensor, sums: Tensor, what: str, start: int, any_sum: bool = False
+    p: Tensor, sums: Tensor, what: str, start: int, dtype: torch.dtype, any_sum: bool = False
 ) -> None:
     if float(p.min()) < 0:
         row = int((p < 0).any(dim=1).nonzero()[0])
@@ -522,11 +524,16 @@ def _check_distribution(
         raise DataError(
             f"{what} must not be negative: row {start + row} holds {float(p[row].min()):g}{hint}"
         )
-    off = (sums <= 0) if any_sum else (sums - 1).abs() > SUM_TOLERANCE
+    tolerance = SUM_TOLERANCE
+    if dtype in (torch.float16, torch.bfloat16):
+        tolerance += (
+            torch.finfo(dtype).eps / 2
+        )  # every entry is off by half a unit of its last place
+    off = (sums <= 0) if any_sum else (sums - 1).abs() > tolerance
     if bool(off.any()):
         row = int(off.nonzero()[0])
         hint = "" if what != "probs" else "; logits go to logits=, or pass renormalize=True"
         raise DataError(
-            f"{what} must sum to 1 within {SUM_TOLERANCE:g}: "
+            f"{what} must sum to 1 within {tolerance:g}: "
             f"row {start + row} sums to {float(sums[row]):.6g}{hint}"
         )

@@ -205,3 +205,20 @@ def test_groups_are_one_integer_for_each_example():
 def test_scores_of_outsiders_need_a_positive_temperature(temperature):
     with pytest.raises(ConfigError, match="temperature must be positive"):
         ood_scores(logits=LOGITS, score="energy", temperature=temperature)
+
+
+def test_probabilities_and_soft_labels_that_were_cast_to_bfloat16_are_taken():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(400, 30, generator=generator).mul(3)
+    q = torch.randn(400, 30, generator=generator).mul(3).softmax(dim=1)
+    half = q.bfloat16()
+    assert (half.double().sum(dim=1) - 1).abs().max() > 1e-3  # or this tests nothing
+    exact = negative_log_likelihood(Predictions(logits=z, soft_labels=q))
+    found = negative_log_likelihood(Predictions(logits=z, soft_labels=half))
+    assert found == pytest.approx(exact, rel=3e-3)
+    probs = Predictions(probs=half, labels=torch.zeros(400, dtype=torch.int64))
+    assert probs.mean_outcome == float((half.argmax(dim=1) == 0).double().mean())
+    wrong = half.clone()
+    wrong[7] *= 1.02
+    with pytest.raises(DataError, match=r"soft_labels must sum to 1 within 0\.0049.*: row 7 sums"):
+        Predictions(logits=z, soft_labels=wrong)
