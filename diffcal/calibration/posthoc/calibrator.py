@@ -4,6 +4,7 @@ Settings are the fields of a dataclass, checked on construction. Fitted values a
 named in ``STATE``, so that saving needs no code of its own in any method.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -229,6 +230,12 @@ class Calibrator(ABC):
             setattr(self, name, value.clone())
         self._classes, self._features = (int(v) for v in state["sizes"])
         return self
+
+    def __sklearn_clone__(self: Same) -> Same:
+        """An unfitted copy with the same settings and last layer, for ``sklearn.base.clone``."""
+        made = copy.deepcopy(self)
+        made._classes = made._features = 0
+        return made
 
     # what a method provides
 

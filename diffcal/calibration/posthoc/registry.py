@@ -65,8 +65,8 @@ def build_calibrator(
 
     Args:
         method: A key of ``CALIBRATORS``, or several joined by ``+``.
-        settings: Settings by name, as ``{"temperature": {"criterion": "ece"}}``; those of other
-            methods are not read.
+        settings: Settings by name, as ``{"temperature": {"search": "grid", "criterion": "ece"}}``;
+            those of other methods are not read.
 
     Raises:
         ConfigError: unknown method (near ones are named) or setting.

@@ -1,7 +1,9 @@
 """What must hold of every calibrator, and of some."""
 
+import ast
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -226,6 +228,25 @@ def test_large_float32_logits():
         p = make(method).fit(z, Y).predict_proba(z)
         assert p.dtype == torch.float32
         assert bool(p.isfinite().all()), method
+
+
+def test_scikit_learn_clones_a_calibrator():
+    base = pytest.importorskip("sklearn.base")
+    example = re.search(r"``(\{.*\})``", build_calibrator.__doc__ or "")
+    assert example is not None
+    settings = ast.literal_eval(example.group(1)) | {"feature_clipping": {"grid_size": 20}}
+    for method in ("temperature", "feature_clipping+temperature"):
+        made = build_calibrator(method, settings)
+        if isinstance(made, Pipeline):
+            made.stages[0].with_head(W, torch.zeros(len(W)))  # type: ignore[attr-defined]
+        expected = made.fit(Z, Y, features=H).predict_proba(TZ, features=TH)
+        copied = base.clone(made)
+        with pytest.raises(NotFittedError):
+            copied.predict_proba(TZ, features=TH)
+        copied.fit(Z[:100], Y[:100], features=H[:100])
+        torch.testing.assert_close(made.predict_proba(TZ, features=TH), expected, rtol=0, atol=0)
+        again = copied.fit(Z, Y, features=H).predict_proba(TZ, features=TH)
+        torch.testing.assert_close(again, expected, rtol=0, atol=0)
 
 
 def test_rows_of_a_list_or_a_data_frame_give_an_array(fitted):
