@@ -4,7 +4,7 @@
     diffcal das counterfactual --scores runs/das/scores --out runs/counterfactual
 
 The preset ``digits`` trains a small model, lets it draw ten digits, attributes them by two methods and,
-for each digit and method, trains the model again from the same seed without the 50 images on top. With
+for each digit and method, trains the model again from the same seed without the ten images on top. With
 ``--scores`` it is the user's own model, queries and scores. Every model then draws the queries from the
 noise that they started from. If the removed images mattered, a query changes more than without as many
 random ones.
