@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,8 +47,19 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write("diffcal: interrupted; run the same command again to continue\n")
         return 130
     if summary is not None and _is_main_process():
-        sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False, default=str) + "\n")
+        text = json.dumps(summary, indent=2, ensure_ascii=False, default=str)
+        sys.stdout.write(_rows_on_one_line(text) + "\n")
     return 0
+
+
+def _rows_on_one_line(text: str) -> str:
+    """Indented JSON with its innermost lists on one line each; the same value."""
+    # Line breaks never stand within strings of JSON, so that those that match are between items.
+    return re.sub(
+        r"\[\n\s+([^\[\]{}]*)\n\s+\]",
+        lambda match: "[" + re.sub(r"\n\s+", " ", match[1]) + "]",
+        text,
+    )
 
 
 def _is_main_process() -> bool:

@@ -511,7 +511,8 @@ def _require_finite(block: Tensor, what: str, start: int) -> None:
         bad = int((~finite).nonzero()[0])
         raise DataError(
             f"{what} hold NaN or infinite values ({int((~finite).sum())} rows in this block, "
-            f"the first is row {start + bad})"
+            f"the first is row {start + bad}); where classes are masked, give them a large negative "
+            "logit such as -1e4, or probability 0"
         )
 
 
