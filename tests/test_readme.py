@@ -90,6 +90,9 @@ def test_speed_figures():
             f"{ratio['dattri_normal']:.1f} times our time |"
         )
         assert row in README
+    half = [peers["4096"][name]["over_sjlt_half"] for name in ("traker", "dattri_normal")]
+    row = "| the same, ours in bfloat16 with SJLT | 1 | {:.1f} times our time | {:.1f} times our time |"
+    assert row.format(*half) in README
     posthoc = json.loads((ROOT / "benchmarks/posthoc_speed.json").read_text("utf-8"))
     ten, thousand = posthoc["1000000x10"], posthoc["50000x1000"]
     for results, part, shown in (
