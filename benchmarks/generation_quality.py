@@ -92,12 +92,15 @@ def _placed(arguments: argparse.Namespace) -> SetUp:
 def _card(bench: Bench) -> dict[str, Any]:
     path = Path(bench.set_up.checkpoint) / "config.json"
     training = read_json(path).get("training", {}) if path.exists() else {}
+    seen = training.get("images")
+    if seen is not None:
+        seen += training.get("earlier", {}).get("images", 0)  # of the run that it went on from
     return {
         "name": Path(bench.set_up.checkpoint).name,
         "fingerprint": bench.denoiser.fingerprint,
         "dtype": bench.set_up.dtype,
         "parameters": sum(p.numel() for p in bench.denoiser.module.parameters()),
-        "images_seen": training.get("images"),
+        "images_seen": seen,
     }
 
 
