@@ -187,7 +187,7 @@ class _Painter:
             on_step=on_step,
         ).float()
 
-    def pixels(self, samples: Float[Tensor, "b c h w"]) -> UInt8[ndarray, "b h w c"]:
+    def pixels(self, samples: Float[Tensor, "b c h w"]) -> UInt8[ndarray, "b y x p"]:
         with torch.no_grad():
             return self.denoiser.decode(samples).cpu().numpy()
 

@@ -59,8 +59,9 @@ class PlanConfig:
     weights: WeightKind = "grid"
     """``grid``: lambda in equal steps from 0 to 1 (pairs only). ``bisect``: lambda where the images
     change (pairs only): 0, 1/2 and 1, then one after the other in the middle of the two neighbours
-    whose images differ most, see :mod:`~diffcal.mixing.bisection`. ``dirichlet``: the k pure classes,
-    the other members drawn from a Dirichlet distribution (for a pair: a Beta distribution)."""
+    whose images differ most, see :mod:`~diffcal.mixing.bisection`; of two members the ends.
+    ``dirichlet``: the k pure classes, the other members drawn from a Dirichlet distribution (for a
+    pair: a Beta distribution)."""
     spare: int = 4
     """Of the bisection: images of a group that are drawn to find where the images change and not
     kept, so that the others lie evenly; they cost as much as the others."""
@@ -106,11 +107,6 @@ class PlanConfig:
                 f"plan.weights {self.weights} runs between two classes; use weights dirichlet for "
                 f"{self.classes_per_mix}"
             )
-        if self.weights == "bisect" and self.members < 3:
-            raise ConfigError(
-                f"plan.weights bisect starts from 3 members (both classes and their middle), got "
-                f"{self.members}"
-            )
         if self.spare < 0:
             raise ConfigError(f"plan.spare must not be negative, got {self.spare}")
         if not (self.grid_power > 0 and math.isfinite(self.grid_power)):
@@ -129,7 +125,12 @@ class PlanConfig:
     @property
     def drawn_per_image(self) -> float | int:
         """Images that are drawn for each that is kept."""
-        return 1 + self.spare / self.members if self.weights == "bisect" else 1
+        return 1 + self.spare / self.members if self.bisects else 1
+
+    @property
+    def bisects(self) -> bool:
+        """Whether there is anything for a bisection to place."""
+        return self.weights == "bisect" and self.members > 2
 
     def group_seeds(self) -> list[int]:
         """The seed that ``seeds`` gives each group; ConfigError if their number does not fit."""
@@ -200,7 +201,7 @@ class MixPlan:
     @property
     def bisects(self) -> bool:
         """Whether the weights are found while the images are drawn."""
-        return self.config.weights == "bisect" and self.found is None
+        return self.config.bisects and self.found is None
 
     @cached_property
     def combinations(self) -> int:
@@ -230,9 +231,7 @@ class MixPlan:
             return self.found[group]
         if config.weights != "dirichlet":
             lambdas = (
-                lambda_grid(config.members, config.grid_power)
-                if config.weights == "grid"
-                else lambda_grid(3)
+                lambda_grid(3) if config.bisects else lambda_grid(config.members, config.grid_power)
             )
             return torch.stack([lambdas, 1 - lambdas], dim=1)
         k, free = config.classes_per_mix, config.members - config.classes_per_mix

@@ -66,6 +66,13 @@ def test_grid_runs_from_the_second_class_to_the_first():
     assert group.weights.tolist() == [[0, 1], [0.5, 0.5], [1, 0]]
 
 
+def test_of_two_members_nothing_is_bisected():
+    plan = MixPlan(PlanConfig(members=2, weights="bisect"), NAMES)
+    assert not plan.bisects
+    assert plan[0].weights.tolist() == [[0, 1], [1, 0]]
+    assert (plan.config.drawn_per_image, PlanConfig(weights="bisect").drawn_per_image) == (1, 1.5)
+
+
 @given(members=st.integers(2, 20), power=st.floats(0.2, 4))
 def test_a_warped_grid_keeps_ends_order_and_symmetry(members, power):
     grid = lambda_grid(members, power)
@@ -128,7 +135,6 @@ def test_listed_combinations_are_mixed_in_turn():
         ({"members": 1}, "pure"),
         ({"classes_per_mix": 3}, "dirichlet"),
         ({"weights": "dirichlet", "concentration": 0.0}, "concentration"),
-        ({"weights": "bisect", "members": 2}, "3 members"),
         ({"weights": "bisect", "classes_per_mix": 3}, "dirichlet"),
         ({"weights": "bisect", "spare": -1}, "spare"),
         ({"choice": "confusable"}, "confusion"),
