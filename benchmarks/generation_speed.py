@@ -1,7 +1,7 @@
 """Network time over total time of the generation stage, in one run.
 
     python benchmarks/generation_speed.py checkpoints/digits [--groups 128] [--members 11]
-        [--preset edm-18] [--device auto] [--repeats 3] [--out FILE.json]
+        [--preset edm-18] [--weights grid] [--device auto] [--repeats 3] [--out FILE.json]
 
 Runs the stage itself (``diffcal.workflows.generate.generate``: plan, noise, sampling, PNG, Parquet
 shards, hashes, manifest) into a temporary folder with a loaded denoiser whose network is timed by
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=128)
     parser.add_argument("--members", type=int, default=11)
     parser.add_argument("--preset", default="edm-18", help="sampler preset")
+    parser.add_argument("--weights", default="grid", choices=("grid", "bisect"))
     parser.add_argument("--batch-size", type=int, default=256, help="on a GPU")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
@@ -100,7 +101,7 @@ def main() -> None:
     device = resolve_device(args.device)
     config = GenerateConfig(
         model=ModelConfig(source=args.checkpoint),
-        plan=PlanConfig(groups=args.groups, members=args.members),
+        plan=PlanConfig(groups=args.groups, members=args.members, weights=args.weights),
         generation=GenerationConfig(
             sampler=SamplerConfig(preset=args.preset), batch_size=args.batch_size
         ),
@@ -109,7 +110,7 @@ def main() -> None:
     # The first run pays for memory and kernels that are set up once; it is not counted.
     warm = GenerateConfig(
         model=config.model,
-        plan=PlanConfig(groups=8, members=args.members),
+        plan=PlanConfig(groups=8, members=args.members, weights=args.weights),
         generation=config.generation,
     )
     run_once(load_denoiser(args.checkpoint, device=str(device)), warm, device)
@@ -125,6 +126,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in denoiser.module.parameters()),
         "sample_shape": list(denoiser.sample_shape),
         "sampler": args.preset,
+        "weights": args.weights,
         "aim": 0.95,
         "network_share": statistics.median(shares),
         "network_share_range": [min(shares), max(shares)],

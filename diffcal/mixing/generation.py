@@ -93,7 +93,7 @@ def generate_images(
     if plan.bisects:
         if on_step is not None:
             raise ConfigError("a plan that bisects has no steps to follow; give it its weights")
-        yield from painter.bisected(items)
+        yield from painter.whole_groups(items)
         return
     for start in range(items.start, items.stop, painter.size):
         batch = range(start, min(start + painter.size, items.stop))
@@ -119,8 +119,8 @@ class _Painter:
         self.device, self.pad = device, pad
         self.size = fixed_rows(denoiser.sample_shape) if pad else config.batch_size
 
-    def bisected(self, items: range) -> Iterator[MixBatch]:
-        """Whole groups, as many at a time as fill a call with one image of each."""
+    def whole_groups(self, items: range) -> Iterator[MixBatch]:
+        """Groups by bisection, as many at a time as fill a call with one image of each."""
         members = self.plan.config.members
         if items.start % members or len(items) % members:
             raise ConfigError(
@@ -131,14 +131,14 @@ class _Painter:
             numbers = range(first, min(first + self.size, items.stop // members))
             groups = [self.plan[number] for number in numbers]
             lambdas, samples = bisected(
-                partial(self._ladders, groups), len(groups), members, self.plan.config.spare
+                partial(self._of_ladders, groups), len(groups), members, self.plan.config.spare
             )
             for group, along, ladder in zip(groups, lambdas, samples, strict=True):
                 batch = range(group.index * members, (group.index + 1) * members)
                 weights = torch.stack([along, 1 - along], dim=1)
                 yield MixBatch(batch, self.pixels(ladder.to(self.device)), weights)
 
-    def _ladders(
+    def _of_ladders(
         self, groups: Sequence[MixGroup], ladders: Sequence[int], lambdas: Float[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
         weights = torch.stack([lambdas, 1 - lambdas], dim=1)
