@@ -167,7 +167,7 @@ def _ratios(manifest: Mapping[str, Any]) -> str:
     )
     text = "## Requested and re-estimated ratio\n\n"
     if statistics["ratio_rows"] == "tenths":
-        text += "Ratios were drawn from a continuous distribution; rows gather tenths of it.\n\n"
+        text += "The ratio takes many values between the groups; rows gather tenths of it.\n\n"
     text += _table(names, rows)
     return text + (f"\n\n![{picture['caption']}]({picture['file']})" if picture else "")
 

@@ -266,7 +266,8 @@ def near_copies(scores: Path, count: int = COPIES) -> list[str | html.Html]:
     return [
         "The copy score of a query is the largest product of attribution share and likeness over "
         "training images: near 1 only if one image dominates the query and resembles it. Isolation is "
-        "how much nearer the nearest image is than the ones that follow it."
+        "how much nearer the nearest image is than the ones that follow it: 1 for a copy, 0 where it "
+        "is as far as they are."
         + (
             " Flags say what is beyond held-out images; chance is the part of them whose copy score "
             "comes as far."

@@ -164,7 +164,11 @@ def _page(
                 "mass outside the mixed pair": f"{means['third_mass']:.3f}",
             }
         ),
-        html.figure(draw_ratios(statistics), "Over all groups: mean and one standard deviation."),
+        html.figure(
+            draw_ratios(statistics),
+            "Over all groups: mean and one standard deviation. Every group was asked for the ratios of "
+            "its own passage, so that inner points hold different groups and make no curve.",
+        ),
     )
     page.section(
         "Which training images a digit owes itself to",
