@@ -1,16 +1,18 @@
 """EDM networks and preconditioners against the published code's outputs, key lists and tables."""
 
+import json
 import math
 
 import pytest
 import torch
-from edm_golden import KEYS, NETS, named, network, tensors, under
+from edm_golden import GOLDEN, KEYS, NETS, named, network, tensors, under
 
 from diffcal.diffusion.attention import set_attention_backend
 from diffcal.diffusion.checkpoints import empty_network
 from diffcal.diffusion.denoisers import model_to_images
 from diffcal.diffusion.edm_denoiser import EDMDenoiser
 from diffcal.diffusion.edm_networks import build_network, checked_kwargs
+from diffcal.diffusion.losses import edm_loss_weight
 from diffcal.diffusion.samplers import SamplerConfig, sample, sampling_sigmas
 from diffcal.errors import ConfigError, DataError
 
@@ -20,6 +22,20 @@ TINY = {"img_resolution": 8, "img_channels": 3, "model_channels": 8, "num_blocks
 
 def built(preconditioner="EDMPrecond", **kwargs):
     return build_network({"preconditioner": preconditioner, "kwargs": TINY | kwargs})
+
+
+def test_coefficients_and_loss_weight_of_the_golden_file():
+    case = json.loads((GOLDEN / "csm.json").read_text("utf-8"))["cases"]["edm_preconditioning"]
+    sigma = torch.tensor(case["inputs"]["sigma"], dtype=torch.float64)
+    net = built(sigma_data=case["inputs"]["sigma_data"], model_type="SongUNet")
+    found = dict(
+        zip(("c_skip", "c_out", "c_in", "c_noise"), net.coefficients(sigma), strict=True),
+        loss_weight=edm_loss_weight(sigma, case["inputs"]["sigma_data"]),
+    )
+    assert found.keys() == case["expected"].keys()
+    for name, values in case["expected"].items():
+        expected = torch.tensor(values, dtype=torch.float64)
+        torch.testing.assert_close(found[name], expected, rtol=case["rtol"], atol=0)
 
 
 @torch.no_grad()
