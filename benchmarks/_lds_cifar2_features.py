@@ -73,6 +73,11 @@ SETS = {
         "loss", "slot", slot_batch=52, groups=("t0", "t500"), checkpoint="quarter-3"
     ),
     "mean-slot-many": FeatureSet("mean", "slot", True, 16, groups=("t20", "t100")),
+    "mean-shared-many": FeatureSet("mean", "shared", True, groups=("t20", "t100")),
+    "square-slot-many": FeatureSet(
+        "mean-squared-l2-norm", "slot", slot_batch=52, groups=("t20", "t100")
+    ),
+    "loss-slot-many": FeatureSet("loss", "slot", slot_batch=52, groups=("t20", "t100")),
     "loss-shared-normalised": FeatureSet("loss", "shared", True),
 }
 
@@ -224,7 +229,8 @@ def _write_encoder(config: LdsConfig, out: Path) -> None:
     """Mean over positions of the innermost block's output, at a low noise level, without noise."""
     denoiser = load_denoiser(out / "models" / "base" / "checkpoint", device="cpu")
     kept: list[Tensor] = []
-    layer = denoiser.module.get_submodule("model.dec.4x4_in1")
+    innermost = 32 >> (len(config.network.channel_mult) - 1)
+    layer = denoiser.module.get_submodule(f"model.dec.{innermost}x{innermost}_in1")
     handle = layer.register_forward_hook(lambda _m, _i, output: kept.append(output.mean((2, 3))))
 
     def compute(clean: Tensor, rows: range) -> dict[str, Tensor]:

@@ -42,8 +42,13 @@ RHOS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 READOUTS = ("signed", "square", "signed_square")
 CHECKPOINTS = ("loss-slot-1", "loss-slot-2", "loss-slot-3", "loss-slot")
 
+REST = 4.0
+"""Damping of that row, times the mean of all eigenvalues but the largest (``damping_rule="rest"``)."""
+REST_OF_DAS = "das, rest"
+
 KERNELS = {
     "das": ("das", "mean-shared"),
+    f"das, damping {REST:g} in units of the rest": (REST_OF_DAS, "mean-shared"),
     "das-official": ("das-official", "mean-slot"),
     "dtrak": ("dtrak", "square-slot"),
     "dtrak, shared noise": ("dtrak", "square-shared"),
@@ -54,8 +59,8 @@ KERNELS = {
 """Name: preset that its score comes from, features."""
 
 
-def judge(config: LdsConfig, again: LdsConfig, out: Path) -> None:
-    """Write ``lds_cifar2.json``, ``lds_cifar2.md`` and the figure."""
+def judge(config: LdsConfig, again: LdsConfig, out: Path, results: str) -> None:
+    """Write ``<results>.json``, ``<results>.md`` and the figure."""
     source = open_images(config.data.name)
     count = config.data.rows
     assert count is not None
@@ -92,10 +97,10 @@ def judge(config: LdsConfig, again: LdsConfig, out: Path) -> None:
         "differences": _differences(found),
         "first_images": first,
     }
-    write_json(HERE / "lds_cifar2.json", result)
-    write_text(HERE / "lds_cifar2.md", _tables(result))
+    write_json(HERE / f"{results}.json", result)
+    write_text(HERE / f"{results}.md", _tables(result))
     shown = [r for r in found.records if r["readout"] != "signed_square"]
-    figure([("CIFAR-2", shown)], HERE.parent / "docs" / "lds-cifar2.png", KINDS)
+    figure([("CIFAR-2", shown)], HERE.parent / "docs" / f"{results.replace('_', '-')}.png", KINDS)
 
 
 def _flat(images: Any) -> Tensor:
@@ -158,8 +163,12 @@ def _kernel(
 
 def _scores(preset: str, training: Tensor) -> ScoreConfig:
     """The preset's score with one grid of relative dampings, and its own damping in those units."""
-    values = dict(PRESETS[preset]["scores"])
-    if values["damping_rule"] == "absolute":
+    values = dict(PRESETS["das" if preset == REST_OF_DAS else preset]["scores"])
+    if preset == REST_OF_DAS:
+        eigenvalues = torch.linalg.eigvalsh((training @ training.T).double())
+        values["damping"] = REST * float(eigenvalues[:-1].sum() / (len(eigenvalues) - 1))
+        values["damping"] /= float(eigenvalues.sum() / len(eigenvalues))
+    elif values["damping_rule"] == "absolute":
         # The published sketches are unscaled, which multiplies the kernel by their width.
         scale = PRESETS[preset]["features"]["projection"]["dim"]
         values["damping"] /= scale * float(training.square().sum(dim=1).mean())
@@ -267,7 +276,7 @@ def _signal(
 def _differences(found: Judge) -> list[dict[str, Any]]:
     present = {(r["method"], r["readout"], r["track"]) for r in found.records}
     pairs = []
-    for grid in ("1 (t=500)", "1 (t=0)", "2", "10"):
+    for grid in ("1 (t=500)", "1 (t=0)", "2", "10", "100"):
         for other in ("das-official", "dtrak"):
             ours, theirs = f"das, T={grid}", f"{other}, T={grid}"
             own = "square" if other == "das-official" else "signed"

@@ -4,12 +4,14 @@
     python benchmarks/lds_cifar2.py features --out runs/lds-cifar2     # needs the base model only
     python benchmarks/lds_cifar2.py judge --out runs/lds-cifar2        # needs both
 
-The files are CIFAR-10 as Parquet (columns ``image`` and ``label``). Every stage resumes.
+``--set-up trained`` has fewer images, a smaller network and ten times the epochs. The files are CIFAR-10
+as Parquet (columns ``image`` and ``label``). Every stage resumes.
 """
 
 import argparse
 import json
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +34,21 @@ from diffcal.workflows.das_subset_models import LoneAccelerator, train_models
 from diffcal.workflows.train_diffusion import NetworkConfig
 
 CLASSES = ("automobile", "horse")
-TRAINING, VALIDATION, GENERATED, CURVE = 500, 100, 50, 50
+VALIDATION, GENERATED, CURVE = 100, 50, 50
 SUBSETS, RETRAINED = 32, 3
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """How many images, which network, how it is trained."""
+
+    training: int
+    network: NetworkConfig
+    optimizer: OptimizerConfig
+    results: str
+    """Stem of the result files."""
+
 
 NETWORK = NetworkConfig(
     model_channels=8,
@@ -55,22 +69,32 @@ OPTIMIZER = OptimizerConfig(
     precision="bf16",
     channels_last=False,
 )
+SET_UPS = {
+    "short": SetUp(500, NETWORK, OPTIMIZER, "lds_cifar2"),
+    "trained": SetUp(
+        200,
+        replace(NETWORK, channel_mult=(1, 2, 4)),
+        # At this size single precision is faster on a CPU than autocast.
+        replace(OPTIMIZER, steps=1600, precision="no", channels_last=True),
+        "lds_cifar2_trained",
+    ),
+}
 
 
-def experiment(out: Path, *, subsets: int = SUBSETS, seed: int = 0) -> LdsConfig:
+def experiment(out: Path, set_up: SetUp, *, subsets: int = SUBSETS, seed: int = 0) -> LdsConfig:
     """Settings of the subset models, or of those trained once more with another seed."""
     return LdsConfig(
-        data=TrainingImages(name=str(out / "cifar2.parquet"), rows=TRAINING),
-        network=NETWORK,
-        optimizer=OPTIMIZER,
+        data=TrainingImages(name=str(out / "cifar2.parquet"), rows=set_up.training),
+        network=set_up.network,
+        optimizer=set_up.optimizer,
         conditional=False,
         subsets=SubsetConfig(count=subsets, training_seeds=(seed,)),
-        queries=LdsQueries(first_row=TRAINING, validation=VALIDATION, generated=GENERATED),
+        queries=LdsQueries(first_row=set_up.training, validation=VALIDATION, generated=GENERATED),
         losses=LossConfig(timesteps=20),
     )
 
 
-def prepare(train: Path, test: Path, out: Path) -> None:
+def prepare(train: Path, test: Path, out: Path, training: int) -> None:
     """Write training images, then held-out ones, of the two classes in turn, bytes as they were."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -79,7 +103,7 @@ def prepare(train: Path, test: Path, out: Path) -> None:
     if path.exists():
         return
     cells, labels = [], []
-    for file, count in ((train, TRAINING), (test, VALIDATION)):
+    for file, count in ((train, training), (test, VALIDATION)):
         names = open_images(str(file)).class_names
         table = pq.read_table(file, columns=["image", "label"])
         numbers = table["label"].to_numpy()
@@ -100,27 +124,30 @@ def train_base(config: LdsConfig, folder: Path) -> None:
     if (folder / "finished.json").exists():
         return
     source = open_images(config.data.name)
-    images = torch.cat([torch.as_tensor(x) for _, x, _ in source.batches(1024, range(TRAINING))])
+    optimizer = config.optimizer
+    images = torch.cat(
+        [torch.as_tensor(x) for _, x, _ in source.batches(1024, range(config.data.rows or 0))]
+    )
     torch.manual_seed(config.seed)
     kwargs = {
         "img_resolution": 32,
         "img_channels": 3,
         "label_dim": 0,
         "model_type": "SongUNet",
-        "model_channels": NETWORK.model_channels,
-        "channel_mult": list(NETWORK.channel_mult),
-        "num_blocks": NETWORK.num_blocks,
-        "attn_resolutions": list(NETWORK.attn_resolutions),
+        "model_channels": config.network.model_channels,
+        "channel_mult": list(config.network.channel_mult),
+        "num_blocks": config.network.num_blocks,
+        "attn_resolutions": list(config.network.attn_resolutions),
     }
     specification = {"preconditioner": "EDMPrecond", "kwargs": kwargs}
     network = build_network(specification)
-    accelerator: Accelerator = LoneAccelerator(cpu=True, mixed_precision=OPTIMIZER.precision)
-    trainer = DiffusionTrainer(network, OPTIMIZER, accelerator, config.seed, network.sigma_data)
+    accelerator: Accelerator = LoneAccelerator(cpu=True, mixed_precision=optimizer.precision)
+    trainer = DiffusionTrainer(network, optimizer, accelerator, config.seed, network.sigma_data)
     curve = [_look(config, trainer, specification, folder / "step-0")]
-    stops = [round(share * OPTIMIZER.steps) for share in QUARTERS]
+    stops = [round(share * optimizer.steps) for share in QUARTERS]
     started = time.process_time()
-    while trainer.step < OPTIMIZER.steps:
-        rows = batch_indices(config.seed, len(images), OPTIMIZER.batch_size, trainer.step)
+    while trainer.step < optimizer.steps:
+        rows = batch_indices(config.seed, len(images), optimizer.batch_size, trainer.step)
         trainer.train_step(images_to_model(images[rows]), None)
         if trainer.step in stops[:-1]:
             name = f"quarter-{1 + stops.index(trainer.step)}"
@@ -136,22 +163,22 @@ def _look(config: LdsConfig, trainer: DiffusionTrainer, specification: dict, fol
     save_denoiser(folder, network, class_names=(), training_info={"steps": trainer.step})
     denoiser = load_denoiser(folder, device="cpu")
     losses = {}
-    for name, first in (("training", 0), ("validation", TRAINING)):
+    for name, first in (("training", 0), ("validation", config.data.rows or 0)):
         images = open_queries(config.data.name, denoiser, first_row=first, rows=CURVE)
         losses[name] = round(float(query_losses(denoiser, images, config.losses).mean()), 5)
     return {"step": trainer.step, **losses}
 
 
-def train(out: Path, *, base_only: bool) -> None:
+def train(out: Path, set_up: SetUp, *, base_only: bool) -> None:
     """All models, and what each loses on each query."""
-    config = experiment(out)
+    config = experiment(out, set_up)
     train_base(config, out / "models" / "base")
     write_queries(config, out / "queries", out / "models", "cpu")
     if base_only:
         return
     state = PartialState(cpu=True)
     kinds = {kind: out / "queries" / f"{kind}.parquet" for kind in ("validation", "generated")}
-    again = experiment(out, subsets=RETRAINED, seed=1)
+    again = experiment(out, set_up, subsets=RETRAINED, seed=1)
     for stage in (config, again):
         train_models(stage, out / "models", state, "cpu")
         loss_tables(stage, out / "losses", out / "models", kinds, state, "cpu")
@@ -163,20 +190,22 @@ def main() -> None:
     parser.add_argument("--train", type=Path, help="CIFAR-10 training images, Parquet")
     parser.add_argument("--test", type=Path, help="CIFAR-10 test images, Parquet")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--set-up", choices=tuple(SET_UPS), default="short")
     parser.add_argument("--only", nargs="*", help="features: the sets to compute")
     arguments = parser.parse_args()
+    set_up = SET_UPS[arguments.set_up]
     torch.set_num_threads(1)
     if arguments.stage in ("base", "train"):
         if arguments.train:
-            prepare(arguments.train, arguments.test, arguments.out)
-        train(arguments.out, base_only=arguments.stage == "base")
+            prepare(arguments.train, arguments.test, arguments.out, set_up.training)
+        train(arguments.out, set_up, base_only=arguments.stage == "base")
     elif arguments.stage == "features":
-        seconds = write_features(experiment(arguments.out), arguments.out, arguments.only)
-        print(json.dumps(seconds))
+        config = experiment(arguments.out, set_up)
+        print(json.dumps(write_features(config, arguments.out, arguments.only)))
     else:
-        config = experiment(arguments.out)
-        again = experiment(arguments.out, subsets=RETRAINED, seed=1)
-        judge(config, again, arguments.out)
+        config = experiment(arguments.out, set_up)
+        again = experiment(arguments.out, set_up, subsets=RETRAINED, seed=1)
+        judge(config, again, arguments.out, set_up.results)
 
 
 if __name__ == "__main__":
