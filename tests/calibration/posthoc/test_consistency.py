@@ -11,7 +11,7 @@ from torch import nn
 
 from diffcal.calibration.posthoc import consistency_exact
 from diffcal.calibration.posthoc.consistency import ConsistencyCalibration
-from diffcal.calibration.posthoc.consistency_exact import exact_consistency
+from diffcal.calibration.posthoc.consistency_exact import exact_consistency, uniform_consistency
 from diffcal.calibration.posthoc.consistency_gaussian import gaussian_log_consistency
 from diffcal.calibration.posthoc.consistency_sampling import sampled_consistency
 from diffcal.calibration.posthoc.feature_consistency import (
@@ -289,3 +289,16 @@ def test_uniform_law_is_not_differentiated_twice():
     z = rows(2, 3, 1.0).requires_grad_()
     with pytest.raises(ConfigError, match="no second derivative"):
         torch.autograd.grad(exact_consistency(z, 2.0, "uniform")[:, 0].sum(), z, create_graph=True)
+
+
+@pytest.mark.parametrize("k", [2, 7, 10, 16])
+def test_uniform_noise_in_single_precision_agrees_with_double(k):
+    """Single precision sorts, groups and integrates by itself; rows with ties and losers included."""
+    z = torch.randn(3000, k, generator=torch.Generator().manual_seed(k)) * 2
+    z[:200] = z[:200].round()  # ties
+    for epsilon in (0.7, 4.0, 40.0):
+        single = uniform_consistency(z, epsilon)
+        double = uniform_consistency(z.double(), epsilon)
+        assert single.dtype == torch.float32
+        assert (single - double).abs().max() < 3e-7
+        assert torch.equal(single[double == 0], torch.zeros_like(single[double == 0]))
