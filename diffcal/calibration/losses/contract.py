@@ -102,6 +102,9 @@ def as_rows(
         DataError: shapes do not fit, fewer than two classes, logits NaN or infinite, labels out of
             range, soft rows negative or not summing to 1.
     """
+    for name, given in (("logits", logits), ("targets", targets)):
+        if not isinstance(given, Tensor):
+            raise DataError(f"{name} must be a torch tensor, got {type(given).__name__}")
     if logits.ndim < 2:
         raise DataError(f"logits must be [n, k] or [n, k, ...], got shape {list(logits.shape)}")
     classes = logits.shape[1]

@@ -306,5 +306,5 @@ def _sums(
 
 
 def _require_bins(n_bins: int) -> None:
-    if n_bins < 1:
-        raise ConfigError(f"n_bins must be at least 1, got {n_bins}")
+    if not isinstance(n_bins, int) or n_bins < 1:
+        raise ConfigError(f"n_bins must be a whole number of at least 1, got {n_bins!r}")

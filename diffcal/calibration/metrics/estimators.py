@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from diffcal.calibration.metrics.binning import (
@@ -15,6 +15,7 @@ from diffcal.calibration.metrics.binning import (
     width_edges,
 )
 from diffcal.calibration.metrics.inputs import Confidences, Predictions
+from diffcal.calibration.metrics.profile import in_order, stable_order
 from diffcal.errors import ConfigError
 
 __all__ = [
@@ -77,11 +78,11 @@ class SweepResult:
     n_bins: int
 
 
-def _running(values: Shaped[Tensor, " n"]) -> Float[Tensor, " m"]:
-    """Sums of the first 0, 1, ..., n values, float64."""
-    sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=values.device)
-    torch.cumsum(values, 0, dtype=torch.float64, out=sums[1:])
-    return sums
+def _between(running: Shaped[Tensor, " n"], ends: Int[Tensor, " m"]) -> Float[Tensor, " b"]:
+    """Differences at consecutive ``ends`` (exclusive, from 0) of sums of the first 1, 2, ... values."""
+    at_ends = running[(ends - 1).clamp(min=0)].double()
+    at_ends[0] = 0
+    return at_ends.diff()
 
 
 def sweep_calibration_error(scores: Confidences, norm: float = 1.0) -> SweepResult:
@@ -93,28 +94,28 @@ def sweep_calibration_error(scores: Confidences, norm: float = 1.0) -> SweepResu
     Source: Roelofs et al. 2022 (arXiv:2012.08668), algorithm 1.
     """
     # Millions of examples: every array of theirs counts, so that none outlives its use.
-    if len(scores.profile.confidence) == len(scores):  # no ties: the shared sort will do
-        c, t = scores.profile.confidence, scores.profile.hits
-    else:
-        order = torch.argsort(scores.confidence, stable=True)
-        c, t = scores.confidence[order], scores.raw_outcome[order]
-        del order
-    n = len(c)
+    profile, n = scores.profile, len(scores)
+    tied = len(profile.confidence) < n  # then outcomes need the order of the examples
+    t = profile.hits
+    if tied:
+        t = scores.raw_outcome[stable_order(scores.confidence)]
     if bool((t[1:] >= t[:-1]).all()):  # then bins of single examples rise, and so do all others
-        return SweepResult(float(((c - t.double()).abs() ** norm).mean() ** (1 / norm)), n)
-    sum_c = _running(c)
-    del c
-    sum_t = _running(t)
+        errors = (scores.confidence - scores.raw_outcome.double()).abs()
+        return SweepResult(float((errors**norm).mean() ** (1 / norm)), n)
+    whole = torch.int32 if t.dtype == torch.bool else torch.float64
+    sum_t = torch.cumsum(t, 0, dtype=whole)
     del t
+    sum_c = in_order(scores.confidence) if tied else profile.confidence.clone()
+    torch.cumsum(sum_c, 0, out=sum_c)
     best = SweepResult(float("nan"), 0)
     for bins in range(1, n + 1):
-        ends = _rank_ends(n, bins, sum_c.device)
+        ends = _rank_ends(n, bins, sum_t.device)
         count = torch.diff(ends).double()
-        accuracy = torch.diff(sum_t[ends]) / count
+        accuracy = _between(sum_t, ends) / count
         # bins of sums that differ by rounding only count as equal
         if bool((torch.diff(accuracy) < -1e-12).any()):
             break
-        gap = (torch.diff(sum_c[ends]) / count - accuracy).abs()
+        gap = (_between(sum_c, ends) / count - accuracy).abs()
         best = SweepResult(float((count / n * gap**norm).sum() ** (1 / norm)), bins)
     return best
 

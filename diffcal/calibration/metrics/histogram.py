@@ -67,12 +67,18 @@ class ConfidenceHistogram:
         # an unfetched cell lies on one side of every border
         cells = torch.arange(CELLS, dtype=cell.dtype, device=cell.device)
         whole = torch.searchsorted(cell, cells)
-        single = torch.searchsorted(inner, self._values)
-        bins = len(inner) + 1
-        total = self._table.new_zeros((3, bins)).index_add_(1, whole, rest)
-        ones = torch.ones_like(self._values)
-        members = torch.stack([ones, self._values, self._outcomes.to(ones)])
-        return total.index_add_(1, single, members)
+        total = self._table.new_zeros((3, len(inner) + 1)).index_add_(1, whole, rest)
+        # most members are at hand where most confidences are equal: piece by piece
+        for c, t in zip(self._values.split(PIECE), self._outcomes.split(PIECE), strict=True):
+            members = torch.stack([torch.ones_like(c), c, t.to(c)])
+            total.index_add_(1, torch.searchsorted(inner, c), members)
+        if len(self._values) > PIECE:  # not worth the memory until the next call
+            self._forget()
+        return total
+
+    def _forget(self) -> None:
+        self._fetched.fill_(False)
+        self._values, self._outcomes = self._values[:0].clone(), self._outcomes[:0].clone()
 
     def _fetch(self, cells: Int[Tensor, " j"]) -> None:
         """Add the members of ``cells`` to those that are at hand, in order."""

@@ -10,11 +10,13 @@ from torch import Tensor
 
 __all__ = [
     "Profile",
+    "in_order",
     "joined",
     "parted",
     "segment_sums",
     "sort_with_order",
     "sort_with_outcome",
+    "stable_order",
 ]
 
 
@@ -137,3 +139,17 @@ def sort_with_order(values: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], I
         order = torch.from_numpy(np.argsort(values.numpy()))
         return values[order], order
     return torch.sort(values)
+
+
+def in_order(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Sorted values, without the order that torch would make along with them."""
+    if values.device.type != "cpu":
+        return values.sort().values
+    return torch.from_numpy(np.sort(values.numpy()))
+
+
+def stable_order(values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The indices that sort the values, equal ones in their own order."""
+    if values.device.type != "cpu":
+        return torch.argsort(values, stable=True)
+    return torch.from_numpy(np.argsort(values.numpy(), kind="stable"))

@@ -133,8 +133,10 @@ def test_unknown_names_and_options():
         measure("smec", **inputs)
     with pytest.raises(ConfigError, match="no option 'bins'"):
         measure("ece", **inputs, bins=3)
-    with pytest.raises(ConfigError, match="n_bins must be at least 1"):
+    with pytest.raises(ConfigError, match="n_bins must be a whole number of at least 1"):
         measure("ece", **inputs, n_bins=0)
+    with pytest.raises(ConfigError, match=r"whole number of at least 1, got 7\.5"):
+        measure("ece", **inputs, n_bins=7.5)
     with pytest.raises(DataError, match="temperature="):
         measure("post_ECE_15", **inputs)
     with pytest.raises(DataError, match="ood_logits="):
