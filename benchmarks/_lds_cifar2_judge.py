@@ -23,6 +23,7 @@ from diffcal.attribution import (
     ScoreConfig,
     cosine_blocks,
     dot_blocks,
+    fit_kernel,
     gas_blocks,
     gaussian_blocks,
     predictions_of,
@@ -42,13 +43,15 @@ RHOS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 READOUTS = ("signed", "square", "signed_square")
 CHECKPOINTS = ("loss-slot-1", "loss-slot-2", "loss-slot-3", "loss-slot")
 
-REST = 4.0
-"""Damping of that row, times the mean of all eigenvalues but the largest (``damping_rule="rest"``)."""
-REST_OF_DAS = "das, rest"
+RULES = {
+    "das, damping by rest": ("rest", 4.0),
+    "das, damping by dimension": ("dimension", 0.06),
+}
+"""Rows whose own damping is that of another rule."""
 
 KERNELS = {
     "das": ("das", "mean-shared"),
-    f"das, damping {REST:g} in units of the rest": (REST_OF_DAS, "mean-shared"),
+    **{name: (name, "mean-shared") for name in RULES},
     "das-official": ("das-official", "mean-slot"),
     "dtrak": ("dtrak", "square-slot"),
     "dtrak, shared noise": ("dtrak", "square-shared"),
@@ -163,11 +166,12 @@ def _kernel(
 
 def _scores(preset: str, training: Tensor) -> ScoreConfig:
     """The preset's score with one grid of relative dampings, and its own damping in those units."""
-    values = dict(PRESETS["das" if preset == REST_OF_DAS else preset]["scores"])
-    if preset == REST_OF_DAS:
-        eigenvalues = torch.linalg.eigvalsh((training @ training.T).double())
-        values["damping"] = REST * float(eigenvalues[:-1].sum() / (len(eigenvalues) - 1))
-        values["damping"] /= float(eigenvalues.sum() / len(eigenvalues))
+    values = dict(PRESETS["das" if preset in RULES else preset]["scores"])
+    if preset in RULES:
+        rule, value = RULES[preset]
+        kernel = fit_kernel(training)
+        chosen = ScoreConfig(damping_rule=rule, damping=value)  # type: ignore[arg-type]
+        values["damping"] = chosen.absolute_damping(kernel) / kernel.damping(1.0)
     elif values["damping_rule"] == "absolute":
         # The published sketches are unscaled, which multiplies the kernel by their width.
         scale = PRESETS[preset]["features"]["projection"]["dim"]

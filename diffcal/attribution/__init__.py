@@ -22,6 +22,7 @@ from diffcal.attribution.counterfactual import (
     removal_effect,
 )
 from diffcal.attribution.damping_selection import (
+    DIMENSION_DAMPINGS,
     OFFICIAL_DAMPINGS,
     RELATIVE_DAMPINGS,
     DampingChoice,
@@ -126,6 +127,7 @@ __all__ = [
     # proof
     "LDS",
     "OFFICIAL_DAMPINGS",
+    "DIMENSION_DAMPINGS",
     "RELATIVE_DAMPINGS",
     "DampingChoice",
     "Effect",

@@ -1,6 +1,7 @@
 """The kernel (K + λI)⁻¹ of the training features: one factorisation for every damping."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -81,6 +82,34 @@ class Kernel:
         """
         rest = max(self.trace - float(self.eigenvalues.max()), 0.0)
         return _positive(_positive(rho) * rest / max(self.count - 1, 1))
+
+    def dimension_damping(self, share: float) -> float:
+        """λ that leaves an effective dimension of ``share`` times the rank.
+
+        The mean leverage of the training rows is then ``share`` (with at least as many features as
+        rows), whatever the spectrum: the units of the features and directions that all rows share
+        play no part. See ``benchmarks/PROTOCOL.md``, LDS on CIFAR-2.
+
+        Raises:
+            ConfigError: ``share`` is not between 0 and 1.
+        """
+        if not 0 < share < 1:
+            raise ConfigError(f"a share of the dimensions must lie between 0 and 1, got {share}")
+        eigenvalues = self.eigenvalues.double()
+        eigenvalues = eigenvalues[eigenvalues > 0]
+        target = share * len(eigenvalues)
+        # each λ/l at least (1 - share)/share, so that no dimension is above the share, and conversely
+        odds = (1 - share) / share
+        low, high = float(eigenvalues.min()) * odds, float(eigenvalues.max()) * odds
+        for _ in range(200):
+            middle = math.sqrt(low * high)
+            if not low < middle < high:
+                break
+            if float((eigenvalues / (eigenvalues + middle)).sum()) > target:
+                low = middle
+            else:
+                high = middle
+        return high
 
     @property
     def resolution(self) -> float:

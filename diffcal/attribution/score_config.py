@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffcal.attribution.baselines import cosine_blocks, dot_blocks
-from diffcal.attribution.damping_selection import RELATIVE_DAMPINGS
+from diffcal.attribution.damping_selection import DIMENSION_DAMPINGS, RELATIVE_DAMPINGS
 from diffcal.attribution.kernel import Kernel
 from diffcal.attribution.readouts import Readout, read_out
 from diffcal.attribution.residuals import ResidualKind, residual_weights
@@ -21,7 +21,7 @@ from diffcal.errors import ConfigError, DataError
 __all__ = ["DampingRule", "ScoreConfig", "ScoreMethod", "score_features"]
 
 ScoreMethod = Literal["kernel", "dot", "cosine"]
-DampingRule = Literal["relative", "rest", "absolute"]
+DampingRule = Literal["relative", "rest", "dimension", "absolute"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +43,23 @@ class ScoreConfig:
     damping_rule: DampingRule = "relative"
     """``relative`` is in units of the mean squared norm of a training feature. An absolute optimum
     ranges from 1 to 5,000 between published cells, the relative one hardly moves. ``rest`` leaves the
-    largest eigenvalue out of that mean (:meth:`~.kernel.Kernel.rest_damping`): 4 is a good value."""
-    damping_grid: tuple[float, ...] = RELATIVE_DAMPINGS
-    """Where :func:`~.damping_selection.choose_damping` looks, under the same rule."""
+    largest eigenvalue out of that mean (:meth:`~.kernel.Kernel.rest_damping`): 4 is a good value.
+    ``dimension`` leaves this share of the kernel's dimensions
+    (:meth:`~.kernel.Kernel.dimension_damping`): 0.06 is a good value."""
+    damping_grid: tuple[float, ...] = ()
+    """Where :func:`~.damping_selection.choose_damping` looks, under the same rule; empty for the
+    rule's own grid."""
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not self.damping_grid:
+            own = DIMENSION_DAMPINGS if self.damping_rule == "dimension" else RELATIVE_DAMPINGS
+            object.__setattr__(self, "damping_grid", own)
+        most = 1.0 if self.damping_rule == "dimension" else float("inf")
         for value in (self.damping, *self.damping_grid):
-            if not 0 < value < float("inf"):
-                raise ConfigError(f"damping must be positive and finite, got {value}")
+            if not 0 < value < most:
+                limit = "below 1, a share of the dimensions," if most == 1 else "finite,"
+                raise ConfigError(f"damping must be positive and {limit} got {value}")
         if self.method != "kernel":
             for name, plain in (("norm", "none"), ("residual", "none"), ("leverage", False)):
                 if getattr(self, name) != plain:
@@ -66,11 +74,15 @@ class ScoreConfig:
         return [self._absolute(kernel, value) for value in self.damping_grid]
 
     def _absolute(self, kernel: Kernel, value: float) -> float:
-        if self.damping_rule == "absolute":
-            return value
-        return (
-            kernel.damping(value) if self.damping_rule == "relative" else kernel.rest_damping(value)
-        )
+        match self.damping_rule:
+            case "absolute":
+                return value
+            case "relative":
+                return kernel.damping(value)
+            case "rest":
+                return kernel.rest_damping(value)
+            case "dimension":
+                return kernel.dimension_damping(value)
 
 
 def score_features(

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffcal.attribution.damping_selection import DIMENSION_DAMPINGS
 from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.gram import GramAccumulator, dual_gram
 from diffcal.attribution.kernel import fit_kernel, load_kernel
@@ -84,6 +85,28 @@ def test_laws_of_the_kernel(n, k, c, damping, seed):
     assert bool((h < 1).all())
     assert bool((h[1] <= h[0] + 1e-12).all())
     assert float(h[0].sum()) <= min(n, k) + 1e-9
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9)])
+def test_dimension_damping_leaves_that_share_of_the_rank(form, shape):
+    rows = normal(*shape)
+    for scale in (1.0, 1e6):
+        kernel = fit_kernel(scale * rows, form=form)
+        for share in (0.01, 0.06, 0.5, 0.99):
+            damping = kernel.dimension_damping(share)
+            assert kernel.effective_dimension(damping) == pytest.approx(5 * share, rel=1e-9)
+            assert damping == pytest.approx(
+                scale**2 * fit_kernel(rows, form=form).dimension_damping(share), rel=1e-6
+            )
+    config = ScoreConfig(damping=0.06, damping_rule="dimension")
+    assert config.absolute_damping(kernel) == kernel.dimension_damping(0.06)
+    assert config.damping_grid == DIMENSION_DAMPINGS
+    assert max(config.absolute_grid(kernel)) == kernel.dimension_damping(min(DIMENSION_DAMPINGS))
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        kernel.dimension_damping(1.0)
+    with pytest.raises(ConfigError, match="below 1, a share"):
+        ScoreConfig(damping=3.0, damping_rule="dimension")
 
 
 @pytest.mark.parametrize("form", ["primal", "dual"])
