@@ -95,8 +95,9 @@ class Kernel:
         """
         if not 0 < share < 1:
             raise ConfigError(f"a share of the dimensions must lie between 0 and 1, got {share}")
-        eigenvalues = self.eigenvalues.double()
-        eigenvalues = eigenvalues[eigenvalues > 0]
+        largest_first = self.eigenvalues.double().cpu().sort(descending=True).values
+        eigenvalues = largest_first[: min(self.count, self.dim)]  # the others are rounding
+        eigenvalues = eigenvalues[eigenvalues > self.resolution / ROUNDINGS]
         target = share * len(eigenvalues)
         # each λ/l at least (1 - share)/share, so that no dimension is above the share, and conversely
         odds = (1 - share) / share
