@@ -30,6 +30,8 @@ __all__ = [
 
 FORMAT = "diffcal-denoiser/1"
 BUNDLED = "bundled:"
+_REQUIRED = ("preconditioner", "kwargs", "class_names")
+_KEYS = ("format", *_REQUIRED, "channels", "sha256", "training")
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -129,7 +131,8 @@ def load_denoiser(
             :func:`diffcal.diffusion.diffusers_denoisers.load_diffusers_denoiser`.
 
     Raises:
-        CheckpointError: no checkpoint there, or it is damaged.
+        CheckpointError: no checkpoint there, it is damaged, or its ``config.json`` has a key that
+            diffcal does not know.
         ConfigError: unknown device, number format or option.
     """
     if str(source).startswith(BUNDLED):
@@ -227,9 +230,15 @@ def _own_config(folder: Path) -> dict[str, Any] | None:
         raise CheckpointError(
             f"'{path}' has format {str(config['format'])[:60]!r}; this version reads '{FORMAT}'"
         )
-    missing = [key for key in ("preconditioner", "kwargs", "class_names") if key not in config]
+    missing = [key for key in _REQUIRED if key not in config]
     if missing:
         raise CheckpointError(f"'{path}' lacks '{missing[0]}'")
+    unknown = [key for key in config if key not in _KEYS]
+    if unknown:
+        raise CheckpointError(
+            f"'{path}' has the unknown key '{unknown[0]}': correct or remove it (known keys: "
+            f"{', '.join(_KEYS)}; whatever else is worth keeping belongs into 'training')"
+        )
     names = config["class_names"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"'{path}': class_names must be a list of names")

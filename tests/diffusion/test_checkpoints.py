@@ -159,6 +159,10 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         ({"format": "diffcal-denoiser/9"}, "has format 'diffcal-denoiser/9'; this version reads"),
         ({"kwargs": ...}, "lacks 'kwargs'"),
         ({"preconditioner": ...}, "lacks 'preconditioner'"),
+        (
+            {"sigma_data": 0.5},
+            "unknown key 'sigma_data': correct or remove it (known keys: format,",
+        ),
         ({"class_names": "cat"}, "list of names"),
         ({"class_names": ["cat"]}, "1 class names for a network with 3"),
         ({"kwargs": [1]}, "table of arguments"),
