@@ -1,6 +1,7 @@
 """The common look of our figures, and their bytes."""
 
 import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,16 @@ PALETTE = (BLUE, "#d9822b", TEAL, "#a8467f", "#6c63c7", "#7d8b2f", "#4aa3c7", "#
 
 NOTEBOOK_DPI = 80
 
+OTHER_SCRIPTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "PingFang SC", "Heiti SC"),
+    *("Hiragino Sans", "Microsoft YaHei", "Yu Gothic", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
+    *("Noto Sans CJK KR", "Apple SD Gothic Neo", "Malgun Gothic", "NanumGothic"),
+    *("Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil", "Nirmala UI"),
+    *("Noto Sans Thai", "Leelawadee UI", "Noto Sans Ethiopic", "Arial Unicode MS", "Unifont"),
+)
+"""Usual fonts of Linux, macOS and Windows for scripts that DejaVu Sans, our own, does not have."""
+
 _STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -74,8 +83,29 @@ def plot_style() -> Iterator[None]:
     """Matplotlib settings of our figures, for the duration of a ``with``."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        yield
+    def is_news(record: logging.LogRecord) -> bool:
+        # Many fonts of other scripts have one weight, and a title in it is no news.
+        return "find font weight" not in str(record.msg)
+
+    log = logging.getLogger("matplotlib.font_manager")
+    log.addFilter(is_news)
+    try:
+        style = _STYLE | {"font.family": _families()}
+        with matplotlib.rc_context(style):  # type: ignore[arg-type]
+            yield
+    finally:
+        log.removeFilter(is_news)
+
+
+def _families() -> list[str]:
+    """Where a glyph is looked for: our font, then the installed ones of other scripts.
+
+    Only installed ones, since Matplotlib warns of every family that it does not find.
+    """
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return ["sans-serif", *(name for name in OTHER_SCRIPTS if name in installed)]
 
 
 def new_figure(width: float, height: float) -> "Figure":

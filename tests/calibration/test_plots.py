@@ -103,6 +103,33 @@ def test_same_figure_same_bytes_and_no_pyplot_state():
     assert dict(matplotlib.rcParams) == before
 
 
+def test_names_in_another_script_are_drawn_with_an_installed_font(monkeypatch, caplog):
+    from matplotlib.font_manager import FontEntry, fontManager, get_font
+
+    def draw(names):
+        return figure_to_png(plots.reliability_comparison({name: model(n=50) for name in names}))
+
+    ours = [font for font in fontManager.ttflist if font.name == "DejaVu Sans"]
+    # A font that comes with Matplotlib, under the name of one that may not be installed here.
+    (path,) = {
+        f.fname
+        for f in fontManager.ttflist
+        if f.name == "STIXNonUnicode" and f.weight == 400 and f.style == "normal"
+    }
+    other = FontEntry(fname=path, name="Unifont", style="normal", weight=400, size="scalable")
+    missing = sorted(set(get_font(path).get_charmap()) - set(get_font(ours[0].fname).get_charmap()))
+    names = [chr(missing[0]), chr(missing[1])]
+
+    monkeypatch.setattr(fontManager, "ttflist", ours)
+    with pytest.warns(UserWarning, match="missing from"):
+        boxes = draw(names)
+    plain = draw("ab")
+    monkeypatch.setattr(fontManager, "ttflist", [*ours, other])
+    assert draw(names) != boxes
+    assert draw("ab") == plain
+    assert not caplog.records  # names stand in bold titles, which this font does not have
+
+
 def test_nothing_to_draw_is_refused():
     with pytest.raises(ConfigError, match="at least one model"):
         plots.risk_coverage({})
