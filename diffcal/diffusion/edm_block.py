@@ -11,7 +11,7 @@ from diffcal.diffusion.attention import attention
 from diffcal.diffusion.edm_layers import Conv2d, GroupNorm, Initialisation, Linear
 from diffcal.errors import ConfigError
 
-__all__ = ["UNetBlock", "drop_labels", "skip_channels"]
+__all__ = ["UNetBlock", "drop_labels"]
 
 
 class UNetBlock(nn.Module):
@@ -118,8 +118,3 @@ def drop_labels(labels: Tensor, probability: float, training: bool) -> Tensor:
         return labels
     keep = torch.rand(labels.shape[0], 1, device=labels.device) >= probability
     return labels * keep.to(labels.dtype)
-
-
-def skip_channels(layers: nn.ModuleDict) -> list[int]:
-    """Channels of the skips that an encoder leaves, in order."""
-    return [int(layer.out_channels) for name, layer in layers.items() if "_aux_" not in name]  # type: ignore[arg-type]

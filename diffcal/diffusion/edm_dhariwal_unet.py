@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffcal.diffusion.edm_block import UNetBlock, drop_labels, skip_channels
+from diffcal.diffusion.edm_block import UNetBlock, drop_labels
 from diffcal.diffusion.edm_layers import (
     Conv2d,
     GroupNorm,
@@ -23,6 +23,7 @@ from diffcal.diffusion.edm_layers import (
     Linear,
     PositionalEmbedding,
 )
+from diffcal.diffusion.edm_levels import decoder_levels, encoder_levels
 
 __all__ = ["DhariwalUNet"]
 
@@ -68,41 +69,13 @@ class DhariwalUNet(nn.Module):
                 cin, cout, emb_channels, dropout=dropout, init=init, init_zero=init_zero, **options
             )
 
-        self.enc = nn.ModuleDict()
-        channels = model_channels * channel_mult[0]
-        for level, mult in enumerate(channel_mult):
-            resolution = img_resolution >> level
-            r = f"{resolution}x{resolution}"
-            if level == 0:
-                self.enc[f"{r}_conv"] = Conv2d(in_channels, channels, 3, init=init)
-            else:
-                self.enc[f"{r}_down"] = block(channels, channels, down=True)
-            for index in range(num_blocks):
-                attends = resolution in attn_resolutions
-                cout = model_channels * mult
-                self.enc[f"{r}_block{index}"] = block(channels, cout, attention=attends)
-                channels = cout
-
-        self.dec = nn.ModuleDict()
-        skips = skip_channels(self.enc)
-        last = len(channel_mult) - 1
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            resolution = img_resolution >> level
-            r = f"{resolution}x{resolution}"
-            if level == last:
-                self.dec[f"{r}_in0"] = block(channels, channels, attention=True)
-                self.dec[f"{r}_in1"] = block(channels, channels)
-            else:
-                self.dec[f"{r}_up"] = block(channels, channels, up=True)
-            for index in range(num_blocks + 1):
-                attends = resolution in attn_resolutions
-                cout = model_channels * mult
-                self.dec[f"{r}_block{index}"] = block(
-                    channels + skips.pop(), cout, attention=attends
-                )
-                channels = cout
-        self.out_norm = GroupNorm(channels)
-        self.out_conv = Conv2d(channels, out_channels, 3, init=init_zero)
+        widths = [model_channels * mult for mult in channel_mult]
+        resolutions = [img_resolution >> level for level in range(len(widths))]
+        levels = (block, widths, num_blocks, resolutions, attn_resolutions)
+        self.enc = encoder_levels(Conv2d(in_channels, widths[0], 3, init=init), *levels)
+        self.dec = decoder_levels(self.enc, *levels)
+        self.out_norm = GroupNorm(widths[0])
+        self.out_conv = Conv2d(widths[0], out_channels, 3, init=init_zero)
 
     def embed(
         self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffcal.diffusion.edm_block import UNetBlock, drop_labels, skip_channels
+from diffcal.diffusion.edm_block import UNetBlock, drop_labels
 from diffcal.diffusion.edm_layers import (
     Conv2d,
     FourierEmbedding,
@@ -24,6 +24,7 @@ from diffcal.diffusion.edm_layers import (
     Linear,
     PositionalEmbedding,
 )
+from diffcal.diffusion.edm_levels import decoder_levels, encoder_levels
 
 __all__ = ["SongUNet"]
 
@@ -99,62 +100,43 @@ class SongUNet(nn.Module):
                 **options,
             )
 
-        self.enc = nn.ModuleDict()
-        channels, aux_channels = model_channels, in_channels
-        for level, mult in enumerate(channel_mult):
-            resolution = img_resolution >> level
-            r = f"{resolution}x{resolution}"
-            if level == 0:
-                self.enc[f"{r}_conv"] = Conv2d(in_channels, channels, 3, init=init)
-            else:
-                self.enc[f"{r}_down"] = block(channels, channels, down=True)
-                if encoder_type == "skip":
-                    self.enc[f"{r}_aux_down"] = Conv2d(
-                        aux_channels, aux_channels, 0, down=True, resample_filter=resample_filter
-                    )
-                    self.enc[f"{r}_aux_skip"] = Conv2d(aux_channels, channels, 1, init=init)
-                elif encoder_type == "residual":
-                    self.enc[f"{r}_aux_residual"] = Conv2d(
-                        aux_channels,
-                        channels,
-                        3,
-                        down=True,
-                        resample_filter=resample_filter,
-                        fused_resample=True,
-                        init=init,
-                    )
-                    aux_channels = channels
-            for index in range(num_blocks):
-                attends = resolution in attn_resolutions
-                cout = model_channels * mult
-                self.enc[f"{r}_block{index}"] = block(channels, cout, attention=attends)
-                channels = cout
+        aux_channels = in_channels
 
-        self.dec = nn.ModuleDict()
-        skips = skip_channels(self.enc)
-        last = len(channel_mult) - 1
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            resolution = img_resolution >> level
-            r = f"{resolution}x{resolution}"
-            if level == last:
-                self.dec[f"{r}_in0"] = block(channels, channels, attention=True)
-                self.dec[f"{r}_in1"] = block(channels, channels)
-            else:
-                self.dec[f"{r}_up"] = block(channels, channels, up=True)
-            for index in range(num_blocks + 1):
-                attends = index == num_blocks and resolution in attn_resolutions
-                cout = model_channels * mult
-                self.dec[f"{r}_block{index}"] = block(
-                    channels + skips.pop(), cout, attention=attends
+        def image_down(layers: nn.ModuleDict, level: int, r: str, channels: int) -> None:
+            nonlocal aux_channels
+            if encoder_type == "skip":
+                layers[f"{r}_aux_down"] = Conv2d(
+                    aux_channels, aux_channels, 0, down=True, resample_filter=resample_filter
                 )
-                channels = cout
-            if decoder_type == "skip" or level == 0:
-                if level < last and decoder_type == "skip":
-                    self.dec[f"{r}_aux_up"] = Conv2d(
-                        out_channels, out_channels, 0, up=True, resample_filter=resample_filter
-                    )
-                self.dec[f"{r}_aux_norm"] = GroupNorm(channels, eps=1e-6)
-                self.dec[f"{r}_aux_conv"] = Conv2d(channels, out_channels, 3, init=init_zero)
+                layers[f"{r}_aux_skip"] = Conv2d(aux_channels, channels, 1, init=init)
+            elif encoder_type == "residual":
+                layers[f"{r}_aux_residual"] = Conv2d(
+                    aux_channels,
+                    channels,
+                    3,
+                    down=True,
+                    resample_filter=resample_filter,
+                    fused_resample=True,
+                    init=init,
+                )
+                aux_channels = channels
+
+        def image_up(layers: nn.ModuleDict, level: int, r: str, channels: int) -> None:
+            if decoder_type != "skip" and level > 0:
+                return
+            if decoder_type == "skip" and level < len(channel_mult) - 1:
+                layers[f"{r}_aux_up"] = Conv2d(
+                    out_channels, out_channels, 0, up=True, resample_filter=resample_filter
+                )
+            layers[f"{r}_aux_norm"] = GroupNorm(channels, eps=1e-6)
+            layers[f"{r}_aux_conv"] = Conv2d(channels, out_channels, 3, init=init_zero)
+
+        widths = [model_channels * mult for mult in channel_mult]
+        resolutions = [img_resolution >> level for level in range(len(widths))]
+        levels = (block, widths, num_blocks, resolutions, attn_resolutions)
+        first = Conv2d(in_channels, model_channels, 3, init=init)
+        self.enc = encoder_levels(first, *levels, beside=image_down)
+        self.dec = decoder_levels(self.enc, *levels, only_last_attends=True, beside=image_up)
 
     def embed(
         self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
