@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from diffcal.core.devices import resolve_dtype
+from diffcal.core.digests import hash_tensors
 from diffcal.core.tensors import append_dims
 from diffcal.diffusion.denoisers import ConditionKind
 from diffcal.diffusion.diffusers_noise import DiscreteNoise
@@ -166,10 +167,7 @@ class DiffusersDenoiser(ABC):
             digest.update(f"{type(self).__name__}|{self.noise.prediction}|".encode())
             for name, config, tensors in self._identity():
                 digest.update(f"{name}|{_canonical(config)}|".encode())
-                for key in sorted(tensors):
-                    tensor = tensors[key].detach().cpu().contiguous()
-                    digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-                    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                hash_tensors(digest, sorted(tensors.items()))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 

@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from diffcal.core.devices import resolve_device, resolve_dtype
+from diffcal.core.digests import hash_tensors
 from diffcal.core.tensors import append_dims
 from diffcal.diffusion.denoisers import ConditionKind, images_to_model, model_to_images
 from diffcal.diffusion.preconditioning import Preconditioner
@@ -187,10 +188,7 @@ class EDMDenoiser:
             digest = hashlib.sha256()
             config = json.dumps(self.network.config, sort_keys=True, separators=(",", ":"))
             digest.update(f"{type(self).__name__}|{config}|".encode())
-            for key, tensor in sorted(self.module.state_dict().items()):
-                digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-                plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(plain.numpy().data)
+            hash_tensors(digest, sorted(self.module.state_dict().items()))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 

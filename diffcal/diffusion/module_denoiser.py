@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from diffcal.core.digests import hash_tensors
 from diffcal.core.tensors import append_dims
 from diffcal.diffusion.denoisers import images_to_model, model_to_images
 from diffcal.diffusion.diffusers_noise import DiscreteNoise, PredictionType, TimestepRule
@@ -145,13 +146,8 @@ class ModuleDenoiser:
         digest = hashlib.sha256()
         kind = type(self.module)
         digest.update(f"{kind.__module__}.{kind.__qualname__}|{self.noise.prediction}|".encode())
-        for name, tensor in [
-            *self.module.state_dict().items(),
-            ("log_sigmas", self.noise.log_sigmas),
-        ]:
-            tensor = tensor.detach().cpu().contiguous()
-            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        hash_tensors(digest, self.module.state_dict().items())
+        hash_tensors(digest, [("log_sigmas", self.noise.log_sigmas)])
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> "ModuleDenoiser":

@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from diffcal.core.devices import module_device
+from diffcal.core.digests import hash_tensors
 from diffcal.core.runs import fingerprint
 from diffcal.core.tensors import require_finite
 from diffcal.errors import ConfigError, DataError
@@ -231,8 +232,5 @@ class ConcatenatedEncoder:
 def weights_fingerprint(module: nn.Module) -> str:
     """SHA-256 of names, shapes and values of a network's state."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(plain.numpy().data)
+    hash_tensors(digest, sorted(module.state_dict().items()))
     return digest.hexdigest()

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from diffcal.core.digests import hash_tensors
 from diffcal.core.runs import claim_folder, fingerprint, write_atomic
 from diffcal.core.tensors import require_finite
 from diffcal.data.sources import ImageSource
@@ -189,8 +190,5 @@ def _read(path: Path, *, verify: bool) -> tuple[dict[str, str], dict[str, Tensor
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        plain = tensors[name].contiguous().reshape(-1).view(torch.uint8)
-        digest.update(f"{name}|{tensors[name].dtype}|{tuple(tensors[name].shape)}|".encode())
-        digest.update(plain.numpy().data)
+    hash_tensors(digest, sorted(tensors.items()))
     return digest.hexdigest()
