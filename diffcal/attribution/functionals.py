@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,14 +13,9 @@ __all__ = [
     "CUSTOM",
     "FUNCTIONALS",
     "Functional",
-    "FunctionalName",
     "NamedFunctional",
     "Outputs",
     "resolve_functional",
-]
-
-FunctionalName = Literal[
-    "loss", "mean-squared-l2-norm", "mean", "l1-norm", "l2-norm", "linf-norm", "weighted-mse"
 ]
 
 

@@ -1,10 +1,8 @@
 """λ-ladders: the images of one group in order, from one pure class to the other."""
 
-import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -55,28 +53,6 @@ class Ladder:
         if len(self.names) == 2:
             return f"From {self.names[0]} to {self.names[1]} (group {self.group})."
         return f"Between {', '.join(self.names)} (group {self.group})."
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain values; images as data URIs for a page."""
-        return {
-            "group": self.group,
-            "classes": list(self.classes),
-            "names": list(self.names),
-            "caption": self.caption,
-            "steps": [
-                {
-                    "row": step.row,
-                    "image": "data:image/png;base64,"
-                    + base64.b64encode(step.image).decode("ascii"),
-                    "weights": list(step.weights),
-                    "lambda": step.weights[0],
-                    "lambda_hat": step.lambda_hat,
-                    "soft_label": list(step.soft_label),
-                    "top": [[name, probability] for name, probability in step.top],
-                }
-                for step in self.steps
-            ],
-        }
 
 
 def select_ladders(

@@ -43,17 +43,6 @@ class LogitsFile:
             labels = {"labels": self.labels}
         return {key: value for key, value in {**scores, **labels}.items() if value is not None}
 
-    @property
-    def hard_inputs(self) -> dict[str, Tensor]:
-        """The same with hard labels; of soft ones the largest entry."""
-        if self.labels is None:
-            assert self.soft_labels is not None
-            hard = self.soft_labels.argmax(dim=1)
-        else:
-            hard = self.labels
-        scores = {"logits": self.logits, "probs": self.probs}
-        return {"labels": hard, **{key: v for key, v in scores.items() if v is not None}}
-
 
 def load_logits(path: Path | str) -> LogitsFile:
     """Logits (or probabilities) and labels of a file.

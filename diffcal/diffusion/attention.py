@@ -14,7 +14,6 @@ from diffcal.errors import ConfigError, MissingExtraError
 __all__ = [
     "AttentionBackend",
     "attention",
-    "attention_backend",
     "attention_weights",
     "set_attention_backend",
 ]
@@ -46,11 +45,6 @@ def set_attention_backend(name: str) -> None:
             "attention backend 'xformers' needs the package xformers: pip install 'diffcal[xformers]'"
         )
     _backend = name  # type: ignore[assignment]
-
-
-def attention_backend() -> AttentionBackend:
-    """Name of the backend in use."""
-    return _backend
 
 
 def attention_weights(

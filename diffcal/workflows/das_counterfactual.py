@@ -109,7 +109,7 @@ def run_counterfactual(
     if state.is_main_process:
         _write_original(out, asked, where)
     state.wait_for_everyone()
-    scores = _scores(config, out, asked, given, device)
+    scores = _scores(config, out, given, device)
     if state.is_main_process:
         removals = {
             name: ranked_removals(folder, asked.rows, asked.queries, config.remove)
@@ -188,7 +188,7 @@ def _images(out: Path, name: str) -> Any:
 
 
 def _scores(
-    config: CounterfactualConfig, out: Path, asked: Asked, given: GivenScores | None, device: str
+    config: CounterfactualConfig, out: Path, given: GivenScores | None, device: str
 ) -> dict[str, Path]:
     """Folders of scores that say what to remove, by name."""
     found: dict[str, Path] = {}

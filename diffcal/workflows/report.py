@@ -207,14 +207,11 @@ def _summary(models: Sequence[ReportModel], config: ReportConfig) -> list[str | 
     blocks: list[str | Html] = []
     if len(models) == 1:
         report = models[0].report
-        blocks.append(
-            facts({_title(name, short=True): _value(name, report, config) for name in HEADLINE})
-        )
+        blocks.append(facts({_title(name, short=True): _value(name, report) for name in HEADLINE}))
     else:
         header = ["model", *(_title(name, short=True) for name in HEADLINE)]
         rows = [
-            [model.name, *(_value(name, model.report, config) for name in HEADLINE)]
-            for model in models
+            [model.name, *(_value(name, model.report) for name in HEADLINE)] for model in models
         ]
         kinds = {"lower": "lowest", "higher": "highest"}
         best = {
@@ -339,10 +336,7 @@ def _all(models: Sequence[ReportModel], config: ReportConfig) -> list[str | Html
         [
             _title(name),
             arrows[MEASURES[name].better],
-            *(
-                _value(name, model.report, config) if name in model.report else None
-                for model in models
-            ),
+            *(_value(name, model.report) if name in model.report else None for model in models),
         ]
         for name in names
     ]
@@ -356,7 +350,7 @@ def _title(name: str, short: bool = False) -> str:
     return title + (" (%)" if name in PERCENT else "")
 
 
-def _value(name: str, report: MetricReport, config: ReportConfig) -> Number:
+def _value(name: str, report: MetricReport) -> Number:
     entry = report[name]
     scale, places = (100, 2) if name in PERCENT else (1, 4)
     if not math.isfinite(entry.value):

@@ -1,8 +1,5 @@
 """Which groups are shown, and in which order their images stand."""
 
-import base64
-import json
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -74,16 +71,3 @@ def test_three_classes_follow_pairs_and_single_images_are_left_out(folder, tmp_p
     assert (len(pair.classes), triple.classes) == (2, (1, 2, 3))
     assert [round(step.weights[0], 1) for step in triple.steps] == [0.8, 0.6, 0.4, 0.2, 0]
     assert triple.caption == "Between 1, 2, 3 (group 1)."
-
-
-def test_json_holds_everything(folder):
-    ladder = select_ladders(folder, 1)[0]
-    value = json.loads(json.dumps(ladder.to_json(), allow_nan=False))
-    assert value["names"] == list(ladder.names)
-    assert len(value["steps"]) == 5
-    for step, found in zip(ladder.steps, value["steps"], strict=True):
-        kind, _, data = found["image"].partition("base64,")
-        assert kind == "data:image/png;"
-        assert base64.b64decode(data) == step.image
-        assert found["lambda"] == step.weights[0]
-        assert found["soft_label"] == list(step.soft_label)

@@ -23,7 +23,6 @@ def test_round_trip(tmp_path, suffix):
     torch.testing.assert_close(content.labels, Y, rtol=0, atol=0)
     torch.testing.assert_close(content.soft_labels, Z.softmax(1), rtol=0, atol=0)
     assert set(content.inputs) == {"logits", "soft_labels"}
-    assert set(content.hard_inputs) == {"logits", "labels"}
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
@@ -44,7 +43,6 @@ def test_soft_labels_alone_and_probabilities(tmp_path):
     content = load_logits(tmp_path / "p.npz")
     assert content.logits is None
     assert set(content.inputs) == {"probs", "soft_labels"}
-    assert content.hard_inputs["labels"].tolist() == [1, 2]
 
 
 def test_class_names_and_other_integer_types(tmp_path):
