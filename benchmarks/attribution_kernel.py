@@ -16,16 +16,15 @@ machine that does other work (``environment.load``) they mean more than seconds 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
 from _environment import environment
+from _peak_memory import PeakMemory
 
 from diffcal.attribution.damping_selection import OFFICIAL_DAMPINGS
 from diffcal.attribution.feature_store import FeatureStore
@@ -112,30 +111,6 @@ def run_inverses(folder: Path, queries: int, count: int) -> dict[str, float]:
         "cpu_for_27": cpu_ready - cpu_begin + 27 / count * (cpu_end - cpu_ready),
         "largest": worst,
     }
-
-
-class PeakMemory:
-    """Largest resident set while inside, sampled every two milliseconds."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.start = self.peak = self._now()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self.peak = max(self.peak, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
 
 
 def run_task(name: str, folder: Path, queries: int, count: int) -> dict[str, float]:

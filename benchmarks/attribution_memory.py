@@ -82,27 +82,11 @@ def write_images(folder: Path, count: int) -> None:
 
 def run_one(folder: Path) -> dict[str, float]:
     """Peak MiB at each stage, seconds, and MiB on disk."""
-    import torch
+    from _tiny_denoiser import tiny_denoiser
 
-    from diffcal.diffusion.edm_denoiser import EDMDenoiser
-    from diffcal.diffusion.edm_networks import build_network
     from diffcal.workflows import das
 
-    torch.manual_seed(0)
-    kwargs = {
-        "img_resolution": 8,
-        "img_channels": 1,
-        "label_dim": 10,
-        "model_type": "SongUNet",
-        "model_channels": 8,
-        "channel_mult": [1],
-        "num_blocks": 1,
-        "attn_resolutions": [],
-    }
-    network = build_network({"preconditioner": "EDMPrecond", "kwargs": kwargs})
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    denoiser = EDMDenoiser(network)
+    denoiser = tiny_denoiser()
     images = folder / "images.parquet"
     config = das.das_config(
         "das",

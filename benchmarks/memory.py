@@ -42,10 +42,8 @@ def main() -> None:
 
 def run_one(images: int) -> dict[str, float]:
     """Peak MiB after each stage, and the seconds it took."""
-    import torch
+    from _tiny_denoiser import tiny_denoiser
 
-    from diffcal.diffusion.edm_denoiser import EDMDenoiser
-    from diffcal.diffusion.edm_networks import build_network
     from diffcal.diffusion.samplers import SamplerConfig
     from diffcal.mixing.encoding import EncoderConfig
     from diffcal.mixing.generation import GenerationConfig
@@ -54,21 +52,7 @@ def run_one(images: int) -> dict[str, float]:
     from diffcal.workflows.generate import GenerateConfig, generate
     from diffcal.workflows.publish import publish_dataset
 
-    torch.manual_seed(0)
-    kwargs = {
-        "img_resolution": 8,
-        "img_channels": 1,
-        "label_dim": 10,
-        "model_type": "SongUNet",
-        "model_channels": 8,
-        "channel_mult": [1],
-        "num_blocks": 1,
-        "attn_resolutions": [],
-    }
-    network = build_network({"preconditioner": "EDMPrecond", "kwargs": kwargs})
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    denoiser = EDMDenoiser(network)
+    denoiser = tiny_denoiser()
     config = GenerateConfig(
         plan=PlanConfig(groups=images // MEMBERS, members=MEMBERS),
         generation=GenerationConfig(sampler=SamplerConfig(solver="euler", steps=2)),

@@ -23,11 +23,9 @@ import argparse
 import ctypes
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -37,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from _environment import environment
+from _peak_memory import PeakMemory
 
 from diffcal.calibration.metrics.binned import (
     average_calibration_error,
@@ -152,30 +151,6 @@ TASKS: dict[str, Task] = {
     "floor_exp": floor_exp,
     "floor_exp_single": floor_exp_single,
 }
-
-
-class PeakMemory:
-    """Largest resident set while inside, sampled every two milliseconds."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.start = self.peak = self._now()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self.peak = max(self.peak, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
 
 
 def trim_heap() -> None:
