@@ -1,8 +1,8 @@
-"""What the adapters of diffusers models share: from a noise-level call to a network call and back."""
+"""What the adapters of diffusers models share: number format, weights, identity, attention kernels."""
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from diffcal.core.devices import resolve_dtype
 from diffcal.core.digests import hash_tensors
-from diffcal.core.tensors import append_dims
 from diffcal.diffusion.denoisers import ConditionKind
 from diffcal.diffusion.diffusers_noise import DiscreteNoise
+from diffcal.diffusion.discrete_denoiser import DiscreteDenoiser
 from diffcal.errors import CheckpointError, ConfigError, MissingExtraError
 
 __all__ = ["AttentionBackend", "DiffusersDenoiser", "config_of", "square", "up_block_features"]
@@ -22,21 +22,13 @@ __all__ = ["AttentionBackend", "DiffusersDenoiser", "config_of", "square", "up_b
 AttentionBackend = Literal["sdpa", "xformers"]
 
 
-class DiffusersDenoiser(ABC):
+class DiffusersDenoiser(DiscreteDenoiser):
     """``D(x; sigma, condition)`` of a network trained with discrete timesteps.
 
-    See :class:`diffcal.diffusion.denoisers.Denoiser` for the interface. Input and output are
-    float32 whatever ``dtype`` the network computes in.
+    Input and output are float32 whatever ``dtype`` the network computes in. All but ``dtype`` is passed
+    on to :class:`~.discrete_denoiser.DiscreteDenoiser`.
 
     Args:
-        module: The network; it is put into evaluation mode, its parameters stay trainable.
-        noise: Its noise levels and prediction.
-        sample_shape: (c, h, w) of one ``x``.
-        sigma_data: Standard deviation of clean samples.
-        condition_kind: ``none``, ``class`` or ``prompt``.
-        num_classes: Number of classes or prompts; 0 if unconditional.
-        class_names: Their names; numbers if None.
-        feature_modules: Submodules whose outputs serve as features, best first.
         dtype: ``float32``, or ``bfloat16``/``float16`` for autocast around the network.
     """
 
@@ -53,12 +45,6 @@ class DiffusersDenoiser(ABC):
         feature_modules: tuple[str, ...],
         dtype: str,
     ) -> None:
-        if class_names is not None and len(class_names) != num_classes:
-            raise ConfigError(
-                f"class_names has {len(class_names)} names for {num_classes} classes of the network"
-            )
-        if sigma_data <= 0:
-            raise ConfigError(f"sigma_data must be positive, got {sigma_data}")
         channels = sample_shape[0]
         config = config_of(module)
         out_channels = config.out_channels or channels
@@ -68,69 +54,27 @@ class DiffusersDenoiser(ABC):
                 "gives as many as it takes, or twice as many when it also predicts a variance "
                 "(inpainting, super-resolution and other image-to-image networks are not supported)"
             )
-        self.module = module.eval()
-        self.noise = noise
-        self.sample_shape = sample_shape
-        self.sigma_data = sigma_data
-        self.sigma_min, self.sigma_max = noise.sigma_min, noise.sigma_max
-        self.condition_kind: ConditionKind = condition_kind
-        self.num_classes = num_classes
-        self.class_names = class_names or tuple(str(index) for index in range(num_classes))
-        self.feature_modules = feature_modules
+        super().__init__(
+            module,
+            noise,
+            sample_shape=sample_shape,
+            sigma_data=sigma_data,
+            condition_kind=condition_kind,
+            num_classes=num_classes,
+            class_names=class_names,
+            feature_modules=feature_modules,
+        )
         self.dtype = resolve_dtype(dtype)
         self._fingerprint: str | None = None
 
-    def __call__(
-        self,
-        x: Float[Tensor, "b c h w"],
-        sigma: Float[Tensor, " b"],
-        condition: Tensor | None = None,
+    def _prediction(
+        self, x_t: Float[Tensor, "b c h w"], timestep: Tensor, condition: Tensor | None
     ) -> Float[Tensor, "b c h w"]:
-        """Denoised ``x`` in float32, differentiable with respect to ``x`` and the parameters.
-
-        Raises:
-            ConfigError: a condition is missing, or given to an unconditional network.
-        """
-        x = x.float()
-        output = self.predict(x, sigma, condition)
-        return self.noise.clean(x, append_dims(sigma.float(), x), output)
-
-    def predict(
-        self,
-        x: Float[Tensor, "b c h w"],
-        sigma: Float[Tensor, " b"],
-        condition: Tensor | None = None,
-    ) -> Float[Tensor, "b c h w"]:
-        """Raw output of the network in float32, a learned variance left out; arguments as for a call.
-
-        What it predicts (epsilon, sample or v) is ``noise.prediction``.
-        """
-        if (condition is None) != (self.condition_kind == "none"):
-            raise ConfigError(
-                "the network is unconditional, but a condition was given"
-                if condition is not None
-                else f"the network needs a {self.condition_kind} condition: "
-                "denoiser.condition(weights)"
-            )
-        x = x.float()
         half = self.dtype != torch.float32
-        with torch.autocast(x.device.type, dtype=self.dtype if half else None, enabled=half):
-            output = self._network(
-                self.noise.network_input(x, append_dims(sigma.float(), x)),
-                self.noise.timestep(sigma),
-                condition,
-            )
+        with torch.autocast(x_t.device.type, dtype=self.dtype if half else None, enabled=half):
+            output = self._network(x_t, timestep, condition)
         # Networks that also predict a variance put it into the second half of the channels.
-        return output[:, : x.shape[1]].float()
-
-    def target(
-        self,
-        clean: Float[Tensor, "b c h w"],
-        noise: Float[Tensor, "b c h w"],
-        sigma: Float[Tensor, " b"],
-    ) -> Float[Tensor, "b c h w"]:
-        """What :meth:`predict` is trained to give for ``clean + sigma * noise``."""
-        return self.noise.target(clean, noise, append_dims(sigma.float(), clean))
+        return output[:, : x_t.shape[1]].float()
 
     @abstractmethod
     def _network(
@@ -177,12 +121,6 @@ class DiffusersDenoiser(ABC):
             ("network", config_of(self.module), self.module.state_dict()),
             ("noise", {}, {"log_sigmas": self.noise.log_sigmas}),
         ]
-
-    def to(self, device: torch.device | str) -> "DiffusersDenoiser":
-        """The same denoiser, its parameters moved to ``device`` in place."""
-        self.module.to(device)
-        self.noise = self.noise.to(device)
-        return self
 
     def set_attention_backend(self, name: AttentionBackend) -> None:
         """Compute attention with torch's own kernels (``sdpa``, the default) or with ``xformers``.

@@ -1,16 +1,15 @@
 """Any module that predicts from a noised image and its timestep, as a denoiser."""
 
 import hashlib
-from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from diffcal.core.digests import hash_tensors
-from diffcal.core.tensors import append_dims
 from diffcal.diffusion.denoisers import images_to_model, model_to_images
 from diffcal.diffusion.diffusers_noise import DiscreteNoise, PredictionType, TimestepRule
+from diffcal.diffusion.discrete_denoiser import DiscreteDenoiser
 from diffcal.diffusion.schedules import AlphasKind, alphas_cumprod, sigma_of_alphas_cumprod
 from diffcal.errors import ConfigError
 
@@ -27,7 +26,7 @@ def schedule_noise(
     return DiscreteNoise(log_sigmas=levels.log(), prediction=prediction, rule=rule)
 
 
-class ModuleDenoiser:
+class ModuleDenoiser(DiscreteDenoiser):
     """``D(x; sigma, condition)`` of ``module(x_t, timestep)`` or ``module(x_t, timestep, weights)``.
 
     For networks of one's own: nothing is asked of the module besides that call. ``x_t`` is the noised
@@ -58,59 +57,22 @@ class ModuleDenoiser:
         class_names: tuple[str, ...] | None = None,
         feature_modules: tuple[str, ...] = (),
     ) -> None:
-        if class_names is not None and len(class_names) != num_classes:
-            raise ConfigError(f"{len(class_names)} class names for {num_classes} classes")
-        if sigma_data <= 0:
-            raise ConfigError(f"sigma_data must be positive, got {sigma_data}")
-        self.module, self.noise = module.eval(), noise
-        self.sample_shape, self.sigma_data = sample_shape, sigma_data
-        self.sigma_min, self.sigma_max = noise.sigma_min, noise.sigma_max
-        self.condition_kind: Literal["none", "class"] = "class" if num_classes else "none"
-        self.num_classes = num_classes
-        self.class_names = class_names or tuple(str(index) for index in range(num_classes))
-        self.feature_modules = feature_modules
+        super().__init__(
+            module,
+            noise,
+            sample_shape=sample_shape,
+            sigma_data=sigma_data,
+            condition_kind="class" if num_classes else "none",
+            num_classes=num_classes,
+            class_names=class_names,
+            feature_modules=feature_modules,
+        )
 
-    def __call__(
-        self,
-        x: Float[Tensor, "b c h w"],
-        sigma: Float[Tensor, " b"],
-        condition: Tensor | None = None,
+    def _prediction(
+        self, x_t: Float[Tensor, "b c h w"], timestep: Tensor, condition: Tensor | None
     ) -> Float[Tensor, "b c h w"]:
-        """Denoised ``x`` in float32."""
-        x = x.float()
-        output = self.predict(x, sigma, condition)
-        return self.noise.clean(x, append_dims(sigma.float(), x), output)
-
-    def predict(
-        self,
-        x: Float[Tensor, "b c h w"],
-        sigma: Float[Tensor, " b"],
-        condition: Tensor | None = None,
-    ) -> Float[Tensor, "b c h w"]:
-        """Raw output of the module; arguments as for a call.
-
-        Raises:
-            ConfigError: a condition is missing, or given to an unconditional module.
-        """
-        if (condition is None) != (self.condition_kind == "none"):
-            raise ConfigError(
-                "the module is unconditional, but a condition was given"
-                if condition is not None
-                else "the module needs a class condition: denoiser.condition(weights)"
-            )
-        x = x.float()
-        x_t = self.noise.network_input(x, append_dims(sigma.float(), x))
-        inputs = (x_t, self.noise.timestep(sigma))
+        inputs = (x_t, timestep)
         return self.module(*inputs) if condition is None else self.module(*inputs, condition)
-
-    def target(
-        self,
-        clean: Float[Tensor, "b c h w"],
-        noise: Float[Tensor, "b c h w"],
-        sigma: Float[Tensor, " b"],
-    ) -> Float[Tensor, "b c h w"]:
-        """What :meth:`predict` is trained to give for ``clean + sigma * noise``."""
-        return self.noise.target(clean, noise, append_dims(sigma.float(), clean))
 
     def condition(self, weights: Float[Tensor, "b k"] | None) -> Tensor | None:
         """Weights over the classes as the module takes them; None for an unconditional module.
@@ -149,9 +111,3 @@ class ModuleDenoiser:
         hash_tensors(digest, self.module.state_dict().items())
         hash_tensors(digest, [("log_sigmas", self.noise.log_sigmas)])
         return digest.hexdigest()
-
-    def to(self, device: torch.device | str) -> "ModuleDenoiser":
-        """The same denoiser, its parameters moved to ``device`` in place."""
-        self.module.to(device)
-        self.noise = self.noise.to(device)
-        return self

@@ -78,7 +78,7 @@ def test_conditions_are_weights_over_classes():
         denoiser()(x, sigma, condition)
     with pytest.raises(ConfigError, match="over the 2 classes"):
         d.condition(torch.ones(1, 3))
-    with pytest.raises(ConfigError, match="1 class names for 2 classes"):
+    with pytest.raises(ConfigError, match="1 names for 2 classes"):
         denoiser(num_classes=2, class_names=("a",))
     with pytest.raises(ConfigError, match="cannot be guided"):
         d.unconditional(2)
