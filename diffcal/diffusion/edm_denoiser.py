@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from diffcal.core.devices import resolve_device, resolve_dtype
 from diffcal.core.digests import hash_tensors
 from diffcal.core.tensors import append_dims
+from diffcal.diffusion.class_weights import check_distributions
 from diffcal.diffusion.denoisers import ConditionKind, images_to_model, model_to_images
 from diffcal.diffusion.preconditioning import Preconditioner
 from diffcal.errors import ConfigError, DataError
 
 __all__ = ["EDMDenoiser"]
-
-_SUM_TOLERANCE = 1e-4  # rows of weights may be off by float32 rounding of many classes
 
 
 class EDMDenoiser:
@@ -133,14 +132,7 @@ class EDMDenoiser:
                 f"weights have {weights.shape[1]} columns, but the network has "
                 f"{self.num_classes} classes"
             )
-        off = (weights.double().sum(dim=1) - 1).abs() > _SUM_TOLERANCE
-        bad = off | (weights < 0).any(dim=1) | ~weights.isfinite().all(dim=1)
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            raise DataError(
-                f"row {row} of the class weights is not a distribution (sum "
-                f"{float(weights[row].sum()):.4g}, smallest {float(weights[row].min()):.4g})"
-            )
+        check_distributions(weights)
         return weights.to(self.device, torch.float32)
 
     def unconditional(self, batch_size: int) -> Float[Tensor, "b k"]:
