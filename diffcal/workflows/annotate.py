@@ -1,7 +1,6 @@
 """Soft labels and quality columns of generated images: annotators over cached features."""
 
 import logging
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from diffcal import __version__
 from diffcal.config import config_to_dict
 from diffcal.core.devices import one_thread
 from diffcal.core.processes import process_state
@@ -47,6 +45,7 @@ from diffcal.models.encoders import FeatureEncoder
 from diffcal.workflows.annotation_config import AnnotationConfig, RealConfig
 from diffcal.workflows.annotation_tables import Labeller, quality_summary
 from diffcal.workflows.feature_cache import FeatureCache, FeatureShards
+from diffcal.workflows.versions import versions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -341,11 +340,7 @@ def _write_manifest(
         "report": load_annotator(folder / "annotator").report,
         "quality": quality_summary(folder, entries),
         "real": source.fingerprint,
-        "versions": {
-            "diffcal": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "shards": entries,
     }
     write_json(folder / "manifest.json", manifest)

@@ -1,15 +1,11 @@
 """``diffcal das index``: features and kernel of all training images of a model."""
 
 import logging
-import platform
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from diffcal import __version__
 from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.functionals import NamedFunctional
 from diffcal.attribution.kernel import Kernel, fit_kernel, load_kernel
@@ -31,6 +27,7 @@ from diffcal.workflows.das_features import (
 )
 from diffcal.workflows.das_images import ConditionedImages, open_training_images
 from diffcal.workflows.generate import open_model
+from diffcal.workflows.versions import versions
 
 __all__ = [
     "FORMAT",
@@ -346,10 +343,6 @@ def _write_manifest(
         "kernel": None
         if kernel is None
         else {"form": kernel.form, "rank": len(kernel.eigenvalues), "trace": kernel.trace},
-        "versions": {
-            "diffcal": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     write_json(out / "manifest.json", manifest)

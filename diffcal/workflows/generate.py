@@ -1,16 +1,12 @@
 """Plan in, shards of mixed images out: the part of CSM that costs time."""
 
 import logging
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from diffcal import __version__
 from diffcal.config import check_choices, config_to_dict
 from diffcal.core.processes import process_state
 from diffcal.core.progress import progress_bar
@@ -23,6 +19,7 @@ from diffcal.diffusion.samplers import evaluations
 from diffcal.errors import ArtifactError, ConfigError
 from diffcal.mixing.generation import GenerationConfig, generate_images
 from diffcal.mixing.plan import MixPlan, PlanConfig
+from diffcal.workflows.versions import versions
 
 __all__ = ["FORMAT", "GenerateConfig", "ModelConfig", "generate", "open_model", "shard_items"]
 
@@ -239,11 +236,7 @@ def _write_manifest(folder: Path, config: GenerateConfig, denoiser: Denoiser) ->
         "members": config.plan.members,
         "config": config_to_dict(config),
         "denoiser": denoiser.fingerprint,
-        "versions": {
-            "diffcal": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "shards": entries,
     }
     write_json(folder / "manifest.json", manifest)
