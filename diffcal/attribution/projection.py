@@ -60,7 +60,11 @@ class ProjectionConfig:
                     f"projection.{name} must be at least 1, got {getattr(self, name)}"
                 )
         if self.unit_variance and self.kind not in ("gaussian", "rademacher"):
-            raise ConfigError(f"projection.unit_variance is for dense matrices, not '{self.kind}'")
+            raise ConfigError(
+                f"projection.unit_variance is for dense matrices, not '{self.kind}': set it to false, "
+                "and where a published preset set it, a relative damping, as its absolute one counts "
+                "in those units (scores.damping_rule=relative)"
+            )
         if self.kind.endswith("sjlt") and self.dim % self.nonzeros:
             raise ConfigError(
                 f"projection.dim {self.dim} must be a multiple of projection.nonzeros "
