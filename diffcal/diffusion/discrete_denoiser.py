@@ -1,6 +1,7 @@
 """What denoisers with a table of timesteps share: from a noise-level call to a network call and back."""
 
 from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -112,7 +113,7 @@ class DiscreteDenoiser(ABC):
     ) -> Float[Tensor, "b c h w"]:
         """See :meth:`predict`, for the noised image of the variance preserving form."""
 
-    def to(self, device: torch.device | str) -> "DiscreteDenoiser":
+    def to(self, device: torch.device | str) -> Self:
         """The same denoiser, its parameters moved to ``device`` in place."""
         self.module.to(device)
         self.noise = self.noise.to(device)
