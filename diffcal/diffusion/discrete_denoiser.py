@@ -1,7 +1,7 @@
 """What denoisers with a table of timesteps share: from a noise-level call to a network call and back."""
 
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,8 @@ from diffcal.diffusion.diffusers_noise import DiscreteNoise
 from diffcal.errors import ConfigError
 
 __all__ = ["DiscreteDenoiser"]
+
+D = TypeVar("D", bound="DiscreteDenoiser")
 
 
 class DiscreteDenoiser(ABC):
@@ -113,7 +115,7 @@ class DiscreteDenoiser(ABC):
     ) -> Float[Tensor, "b c h w"]:
         """See :meth:`predict`, for the noised image of the variance preserving form."""
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: D, device: torch.device | str) -> D:
         """The same denoiser, its parameters moved to ``device`` in place."""
         self.module.to(device)
         self.noise = self.noise.to(device)
