@@ -30,7 +30,7 @@ PIECE_ELEMENTS = 1 << 20
 CHUNK_ELEMENTS = 1 << 20
 """Logits that are sorted and grouped together: what is gathered then stays in the cache."""
 
-FEW_ACTIVE, FEW_ROWS, FEW_ELEMENTS = 16, 64, 1 << 15
+FEW_ACTIVE, FEW_ROWS, FEW_ELEMENTS = 16, 64, 1 << 17
 """Up to how many classes that can win, and from how many such rows, rows run along the last axis; and
 the entries of a block then."""
 
