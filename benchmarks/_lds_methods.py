@@ -72,6 +72,7 @@ class Judge:
         self.folds, self.resamples, self.seed = folds, resamples, seed
         self.records: list[Record] = []
         self._judged: dict[tuple[str, str, str], LDS] = {}
+        self._own: dict[tuple[str, str, str], LDS] = {}
 
     def kernel(
         self,
@@ -130,6 +131,7 @@ class Judge:
                 default = linear_datamodeling_score(
                     guesses[-1], self.losses[track], n_resamples=self.resamples, seed=self.seed
                 )
+                self._own[method, readout, track] = default
                 self._keep(
                     method,
                     readout,
@@ -202,9 +204,16 @@ class Judge:
                 used = len(self.masks) - len(dealt[0])
                 self._keep(name, "signed", track, found, {**facts, "subset_models": used})
 
-    def gap(self, first: tuple[str, str], second: tuple[str, str], track: str) -> Record:
-        """LDS of one (method, readout) minus that of another, with its paired interval."""
-        value, spread = lds_difference(self.of(*first, track), self.of(*second, track))
+    def gap(
+        self, first: tuple[str, str], second: tuple[str, str], track: str, *, own: bool = False
+    ) -> Record:
+        """LDS of one (method, readout) minus that of another, with its paired interval.
+
+        Args:
+            own: At the methods' own dampings, on all subsets.
+        """
+        found = self._own if own else self._judged
+        value, spread = lds_difference(found[(*first, track)], found[(*second, track)])
         return {
             "first": list(first),
             "second": list(second),
@@ -213,10 +222,6 @@ class Judge:
             "low": round(spread.low, 5),
             "high": round(spread.high, 5),
         }
-
-    def of(self, method: str, readout: str, track: str) -> LDS:
-        """What was judged before."""
-        return self._judged[method, readout, track]
 
     def _unfitted(
         self,
@@ -233,6 +238,7 @@ class Judge:
             [guess] * self.folds, losses, dealt, n_resamples=self.resamples, seed=self.seed
         )
         whole = linear_datamodeling_score(guess, losses, n_resamples=self.resamples, seed=self.seed)
+        self._own[method, readout, track] = whole
         self._keep(
             method,
             readout,
