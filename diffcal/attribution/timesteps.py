@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from diffcal.diffusion.denoisers import Denoiser
-from diffcal.diffusion.diffusers_noise import DiscreteNoise
+from diffcal.diffusion.discrete_noise import DiscreteNoise
 from diffcal.diffusion.schedules import alphas_cumprod, sigma_of_alphas_cumprod
 from diffcal.errors import ConfigError
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from diffcal.core.devices import resolve_dtype
 from diffcal.core.digests import hash_tensors
 from diffcal.diffusion.denoisers import ConditionKind
-from diffcal.diffusion.diffusers_noise import DiscreteNoise
 from diffcal.diffusion.discrete_denoiser import DiscreteDenoiser
+from diffcal.diffusion.discrete_noise import DiscreteNoise
 from diffcal.errors import CheckpointError, ConfigError, MissingExtraError
 
 __all__ = ["AttentionBackend", "DiffusersDenoiser", "config_of", "square", "up_block_features"]

@@ -16,9 +16,9 @@ from diffcal.config import check_choices, config_from_dict
 from diffcal.core.devices import resolve_device
 from diffcal.diffusion.diffusers_base import AttentionBackend, DiffusersDenoiser
 from diffcal.diffusion.diffusers_dit import DiTDenoiser
-from diffcal.diffusion.diffusers_noise import TimestepRule
 from diffcal.diffusion.diffusers_sources import ModelFolder, is_hub_name, open_model_folder
 from diffcal.diffusion.diffusers_unet import UNet2DDenoiser
+from diffcal.diffusion.discrete_noise import TimestepRule
 from diffcal.diffusion.stable_diffusion import StableDiffusionDenoiser
 from diffcal.diffusion.stable_diffusion_prompts import checked_prompts, load_text_models
 from diffcal.diffusion.stable_diffusion_xl import StableDiffusionXLDenoiser

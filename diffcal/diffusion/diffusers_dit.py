@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from diffcal.diffusion.diffusers_base import DiffusersDenoiser, config_of, square
 from diffcal.diffusion.diffusers_latents import LatentCodec
-from diffcal.diffusion.diffusers_noise import TimestepRule, discrete_noise
+from diffcal.diffusion.discrete_noise import TimestepRule, discrete_noise
 from diffcal.diffusion.soft_class_embedding import SoftLabelEmbedding
 from diffcal.errors import CheckpointError, ConfigError
 

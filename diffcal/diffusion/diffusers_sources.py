@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffcal.core.runs import read_json
-from diffcal.diffusion.diffusers_noise import check_scheduler_name
+from diffcal.diffusion.discrete_noise import check_scheduler_name
 from diffcal.errors import ArtifactError, CheckpointError, UnsafeCheckpointError
 
 __all__ = ["ModelFolder", "is_hub_name", "open_model_folder"]

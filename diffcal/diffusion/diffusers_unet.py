@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffcal.diffusion.denoisers import images_to_model, model_to_images
 from diffcal.diffusion.diffusers_base import DiffusersDenoiser, config_of, square, up_block_features
-from diffcal.diffusion.diffusers_noise import TimestepRule, discrete_noise
+from diffcal.diffusion.discrete_noise import TimestepRule, discrete_noise
 from diffcal.diffusion.soft_class_embedding import SoftEmbedding
 from diffcal.errors import CheckpointError, ConfigError, DataError
 

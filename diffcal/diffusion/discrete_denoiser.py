@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffcal.core.tensors import append_dims
 from diffcal.diffusion.denoisers import ConditionKind
-from diffcal.diffusion.diffusers_noise import DiscreteNoise
+from diffcal.diffusion.discrete_noise import DiscreteNoise
 from diffcal.errors import ConfigError
 
 __all__ = ["DiscreteDenoiser"]

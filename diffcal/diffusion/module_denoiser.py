@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from diffcal.core.digests import hash_tensors
 from diffcal.diffusion.denoisers import images_to_model, model_to_images
-from diffcal.diffusion.diffusers_noise import DiscreteNoise, PredictionType, TimestepRule
 from diffcal.diffusion.discrete_denoiser import DiscreteDenoiser
+from diffcal.diffusion.discrete_noise import DiscreteNoise, PredictionType, TimestepRule
 from diffcal.diffusion.schedules import AlphasKind, alphas_cumprod, sigma_of_alphas_cumprod
 from diffcal.errors import ConfigError
 

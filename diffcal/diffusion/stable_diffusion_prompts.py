@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffcal.diffusion.diffusers_base import DiffusersDenoiser, config_of, square, up_block_features
 from diffcal.diffusion.diffusers_latents import LatentCodec
-from diffcal.diffusion.diffusers_noise import DiscreteNoise
+from diffcal.diffusion.discrete_noise import DiscreteNoise
 from diffcal.errors import CheckpointError, ConfigError, MissingExtraError
 
 __all__ = [

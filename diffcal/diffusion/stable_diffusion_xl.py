@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffcal.diffusion.diffusers_base import config_of, square
 from diffcal.diffusion.diffusers_latents import LatentCodec
-from diffcal.diffusion.diffusers_noise import TimestepRule, discrete_noise
+from diffcal.diffusion.discrete_noise import TimestepRule, discrete_noise
 from diffcal.diffusion.stable_diffusion_prompts import (
     PromptDenoiser,
     checked_prompts,

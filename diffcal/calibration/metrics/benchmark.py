@@ -8,6 +8,7 @@ Source: Tao et al. 2024 (arXiv:2308.11838).
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -49,7 +50,7 @@ _BINNED: dict[str, Callable[[Predictions, int], float]] = {
 }
 _SINGLE: dict[str, Callable[[Predictions], float]] = {
     "KSCE": ks_calibration_error,
-    "KDECE": kernel_density_calibration_error,
+    "KDECE": partial(kernel_density_calibration_error, quirk=True),
     "MMCE": maximum_mean_calibration_error,
     "NLL": negative_log_likelihood,
     "Brier": lambda p: brier_score(p, "mean_over_classes"),

@@ -135,8 +135,6 @@ def test_unknown_names_and_options():
         measure("ece", **inputs, bins=3)
     with pytest.raises(ConfigError, match="n_bins must be a whole number of at least 1"):
         measure("ece", **inputs, n_bins=0)
-    with pytest.raises(ConfigError, match=r"whole number of at least 1, got 7\.5"):
-        measure("ece", **inputs, n_bins=7.5)
     with pytest.raises(DataError, match="temperature="):
         measure("post_ECE_15", **inputs)
     with pytest.raises(DataError, match="ood_logits="):

@@ -288,3 +288,15 @@ def test_groups_and_classes_within_predictions():
 def test_harmonic_score_of_perfection():
     assert harmonic_calibration_score(1.0, 0.0) == 1.0
     assert harmonic_calibration_score(0.0, 1.0) == 0.0
+
+
+def test_kernel_density_error_does_not_count_gaps():
+    """A few confidences close together: narrow kernels, with nothing between them to integrate."""
+    confidence = torch.tensor([0.1757, 0.1780, 0.1783, 0.1906, 0.2131], dtype=torch.float64)
+    outcome = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    scores = Confidences(confidence, outcome)
+    plain = kernel_density_calibration_error(scores)
+    finer = kernel_density_calibration_error(scores, 2**17)
+    assert plain == pytest.approx(finer, rel=1e-3)
+    assert plain <= 1
+    assert kernel_density_calibration_error(scores, quirk=True) > plain

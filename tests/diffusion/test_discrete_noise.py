@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffcal.diffusion.diffusers_noise import discrete_noise  # noqa: E402
+from diffcal.diffusion.discrete_noise import discrete_noise  # noqa: E402
 from diffcal.errors import CheckpointError  # noqa: E402
 
 LINEAR = discrete_noise(diffusers.DDPMScheduler())
