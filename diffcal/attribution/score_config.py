@@ -43,9 +43,10 @@ class ScoreConfig:
     damping_rule: DampingRule = "relative"
     """``relative`` is in units of the mean squared norm of a training feature. An absolute optimum
     ranges from 1 to 5,000 between published cells, the relative one hardly moves. ``rest`` leaves the
-    largest eigenvalue out of that mean (:meth:`~.kernel.Kernel.rest_damping`): 4 is a good value.
-    ``dimension`` leaves this share of the kernel's dimensions
-    (:meth:`~.kernel.Kernel.dimension_damping`): 0.06 is a good value."""
+    largest eigenvalue out of that mean (:meth:`~.kernel.Kernel.rest_damping`), and
+    ``dimension`` is the share of the kernel's dimensions that is left
+    (:meth:`~.kernel.Kernel.dimension_damping`): 4 and 0.06 came near the optimum for two timesteps and
+    more on digits; on photographs no rule did everywhere (``benchmarks/PROTOCOL.md``)."""
     damping_grid: tuple[float, ...] = ()
     """Where :func:`~.damping_selection.choose_damping` looks, under the same rule; empty for the
     rule's own grid."""
@@ -56,10 +57,11 @@ class ScoreConfig:
             own = DIMENSION_DAMPINGS if self.damping_rule == "dimension" else RELATIVE_DAMPINGS
             object.__setattr__(self, "damping_grid", own)
         most = 1.0 if self.damping_rule == "dimension" else float("inf")
-        for value in (self.damping, *self.damping_grid):
-            if not 0 < value < most:
+        for name, values in (("damping", (self.damping,)), ("damping_grid", self.damping_grid)):
+            outside = [value for value in values if not 0 < value < most]
+            if outside:
                 limit = "below 1, a share of the dimensions," if most == 1 else "finite,"
-                raise ConfigError(f"damping must be positive and {limit} got {value}")
+                raise ConfigError(f"{name} must be positive and {limit} got {outside[0]}")
         if self.method != "kernel":
             for name, plain in (("norm", "none"), ("residual", "none"), ("leverage", False)):
                 if getattr(self, name) != plain:

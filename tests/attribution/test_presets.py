@@ -97,7 +97,7 @@ def test_bad_settings_are_one_clear_line():
     for value in (0.0, -1.0, float("inf")):
         with pytest.raises(ConfigError, match="damping must be positive and finite"):
             ScoreConfig(damping=value)
-    with pytest.raises(ConfigError, match="damping must be positive and finite, got -2"):
+    with pytest.raises(ConfigError, match="damping_grid must be positive and finite, got -2"):
         ScoreConfig(damping_grid=(1.0, -2.0))
     with pytest.raises(ConfigError, match="'leverage' belongs to method 'kernel', not 'dot'"):
         ScoreConfig(method="dot", leverage=True)

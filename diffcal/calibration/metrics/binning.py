@@ -8,6 +8,7 @@ and may split ties. Empty bins contribute nothing. Other libraries differ, see :
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -306,5 +307,5 @@ def _sums(
 
 
 def _require_bins(n_bins: int) -> None:
-    if not isinstance(n_bins, int) or n_bins < 1:
+    if not isinstance(n_bins, Integral) or n_bins < 1:
         raise ConfigError(f"n_bins must be a whole number of at least 1, got {n_bins!r}")

@@ -105,8 +105,7 @@ def sweep_calibration_error(scores: Confidences, norm: float = 1.0) -> SweepResu
     whole = torch.int32 if t.dtype == torch.bool else torch.float64
     sum_t = torch.cumsum(t, 0, dtype=whole)
     del t
-    sum_c = in_order(scores.confidence) if tied else profile.confidence.clone()
-    torch.cumsum(sum_c, 0, out=sum_c)
+    sum_c = in_order(scores.confidence).cumsum_(0) if tied else profile.confidence.cumsum(0)
     best = SweepResult(float("nan"), 0)
     for bins in range(1, n + 1):
         ends = _rank_ends(n, bins, sum_t.device)
