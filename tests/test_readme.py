@@ -75,6 +75,13 @@ def test_speed_figures():
             f"{shown} logits | 1 | {netcal:.1f} times our time | {torchmetrics:.1f} times our time"
         )
         assert f"| same measures, {row} |" in README
+    name = "netcal_over_ours_from_probabilities"
+    two = json.loads((ROOT / "benchmarks/metrics_speed_two_cores.json").read_text("utf-8"))
+    one = [results[size]["ratios"][name]["cpu"] for size in sizes.values()]
+    both = [two[size]["ratios"][name]["clock"] for size in sizes.values()]
+    text = " ".join(README.split())
+    assert "it takes {:.1f} and {:.1f} times our time".format(*one) in text
+    assert "and {:.1f} and {:.1f} by the clock on two cores".format(*both) in text
     kernel = json.loads((ROOT / "benchmarks/attribution_kernel.json").read_text("utf-8"))
     assert f"{kernel['kernel']['seconds']:.0f} s on two cores" in README
     gradients = json.loads((ROOT / "benchmarks/gradient_speed.json").read_text("utf-8"))
@@ -101,7 +108,9 @@ def test_speed_figures():
         (thousand, "ratios_to_torch", "({:.1f} times torch's"),
     ):
         ratio = results[part]["consistency_gaussian"]["processor"]
-        assert " ".join(shown.format(ratio).split()) in " ".join(README.split())
+        assert " ".join(shown.format(ratio).split()) in text
+    uniform = ten["ratios"]["consistency_uniform"]["processor"]
+    assert f"uniform noise {uniform:.1f} times" in text
 
 
 def test_cifar10_control_figures():

@@ -62,13 +62,16 @@ def draw_ladder(ladder: Ladder) -> bytes:
         return figure_to_png(figure, dpi=DPI)
 
 
-def draw_ratios(statistics: dict[str, Any]) -> bytes:
+def draw_ratios(statistics: dict[str, Any], bisected: bool = False) -> bytes:
     """Re-estimated against requested ratio (mean, one standard deviation), and the label it led to.
 
     Args:
         statistics: Summary of :class:`~diffcal.data.soft_label_statistics.SoftLabelStatistics` with at
             least one re-estimated ratio.
+        bisected: Every group was asked for the ratios of its own passage. The points then hold
+            different groups and are not joined.
     """
+    line = "none" if bisected else "-"
     rows = [row for row in statistics["ratios"] if row["estimates"]]
     ratio = np.array([row["ratio"] for row in rows])
     mean = np.array([row["estimate_mean"] for row in rows])
@@ -79,17 +82,22 @@ def draw_ratios(statistics: dict[str, Any]) -> bytes:
         figure = new_figure(7.6, 3.1)
         left, right = figure.subplots(1, 2)
         left.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        left.fill_between(ratio, mean - spread, mean + spread, color=BLUE, alpha=0.15, linewidth=0)
-        left.plot(ratio, mean, color=BLUE, marker="o", markersize=4)
+        if bisected:
+            left.errorbar(ratio, mean, spread, color=BLUE, alpha=0.3, linestyle="none")
+        else:
+            low, high = mean - spread, mean + spread
+            left.fill_between(ratio, low, high, color=BLUE, alpha=0.15, linewidth=0)
+        left.plot(ratio, mean, color=BLUE, marker="o", markersize=4, linestyle=line)
         left.set(xlabel="requested λ", ylabel=r"re-estimated $\hat\lambda$", xlim=(-0.03, 1.03))
         left.set_title("What the images show")
         right.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        right.plot(
-            ratio, label, color=CORAL, marker="o", markersize=4, label="label of first class"
-        )
-        right.plot(
-            ratio, entropy, color=PALETTE[2], marker="s", markersize=3.5, label="entropy (nats)"
-        )
+        for values, colour, marker, name in (
+            (label, CORAL, "o", "label of first class"),
+            (entropy, PALETTE[2], "s", "entropy (nats)"),
+        ):
+            right.plot(
+                ratio, values, color=colour, marker=marker, markersize=4, linestyle=line, label=name
+            )
         right.set(xlabel="requested λ", xlim=(-0.03, 1.03), ylim=(-0.03, None))
         right.set_title("What the labels say")
         right.legend(loc="upper left")

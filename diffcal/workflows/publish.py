@@ -116,7 +116,7 @@ def publish_dataset(
         **summary,
         "shards": shards,
     }
-    manifest["previews"] = _write_previews(out, manifest)
+    manifest["previews"] = _write_previews(out, manifest, bisected=_bisected(inputs))
     write_text(out / "README.md", dataset_card(manifest))
     write_json(out / "manifest.json", manifest)
     return {"dataset": str(out), "shards": len(shards), **summary}
@@ -221,7 +221,12 @@ def _is_complete(path: Path, rows: int, sha256: str | None) -> bool:
     return sound
 
 
-def _write_previews(out: Path, manifest: dict[str, Any]) -> list[dict[str, str]]:
+def _bisected(inputs: AnnotatedRun) -> bool:
+    """Whether each group was asked for ratios of its own."""
+    return inputs.generated.get("config", {}).get("plan", {}).get("weights") == "bisect"
+
+
+def _write_previews(out: Path, manifest: dict[str, Any], *, bisected: bool) -> list[dict[str, str]]:
     """PNG files in ``previews``, each with the sentence that stands under it in the card."""
     previews = []
 
@@ -236,7 +241,13 @@ def _write_previews(out: Path, manifest: dict[str, Any]) -> list[dict[str, str]]
         add(f"ladder-{number}.png", draw_ladder(ladder), ladder.caption)
     statistics, names = manifest["statistics"], manifest["class_names"]
     if any(row["estimates"] for row in statistics["ratios"]):
-        add("ratios.png", draw_ratios(statistics), "Requested and re-estimated ratio.")
+        caption = "Requested and re-estimated ratio."
+        if bisected:
+            caption = (
+                "Requested and re-estimated ratio. Every group was asked for the ratios of its own "
+                "passage, so that inner points hold different groups."
+            )
+        add("ratios.png", draw_ratios(statistics, bisected), caption)
     add("classes.png", draw_class_balance(statistics, names), "Images and label mass per class.")
     return previews
 

@@ -165,9 +165,9 @@ def _page(
             }
         ),
         html.figure(
-            draw_ratios(statistics),
+            draw_ratios(statistics, bisected=True),
             "Over all groups: mean and one standard deviation. Every group was asked for the ratios of "
-            "its own passage, so that inner points hold different groups and make no curve.",
+            "its own passage, so that inner points hold different groups.",
         ),
     )
     page.section(

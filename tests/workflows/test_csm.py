@@ -113,6 +113,9 @@ def test_quickstart_writes_a_report_that_shows_and_tells(tmp_path):
     # Three of the nine attributed digits are shown, each with five contributors and five neighbours.
     assert page.count("effective contributors") == 3
     assert page.count("data:image/png") >= 7 + 3 * 11
+    # its ratios are bisected, which the report and the card of the data set say
+    for text in (page, (tmp_path / "q/csm/dataset/README.md").read_text("utf-8")):
+        assert "inner points hold different groups" in text
     assert "http://" not in page.replace("http://www.w3.org", "")
     data = json.loads((tmp_path / "q/report.json").read_text("utf-8"))
     assert [model["name"] for model in data["calibration"]["models"]] == [*summary["test"]]

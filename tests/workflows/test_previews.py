@@ -82,3 +82,16 @@ def test_ratios_need_only_rows_with_estimates():
         {"ratio": 1.0, "estimates": 0, "estimate_mean": None, "estimate_sd": None, **row},
     ]
     assert pixels_of(draw_ratios({"ratios": rows})).std() > 5
+
+
+def test_points_of_different_groups_are_not_joined():
+    row = {"images": 5, "estimates": 5, "estimate_sd": 0.0, "first_class_probability": 0.5}
+    rows = [
+        {"ratio": ratio, "estimate_mean": ratio, "entropy": ratio, **row} for ratio in (0.0, 1.0)
+    ]
+    curves, points = (
+        pixels_of(draw_ratios({"ratios": rows}, bisected=bisected)) for bisected in (False, True)
+    )
+    assert curves.shape == points.shape
+    # two straight lines of colour are missing
+    assert (points < 250).sum() < 0.95 * (curves < 250).sum()

@@ -302,6 +302,7 @@ def test_previews_are_listed_and_shown(run, monkeypatch):
     publish_dataset(run, "blend")
     folder = run / "dataset"
     card = (folder / "README.md").read_text()
+    assert "different groups" not in card
     listed = json.loads((folder / "manifest.json").read_text())["previews"]
     names = [preview["file"] for preview in listed]
     assert names == [
