@@ -61,7 +61,8 @@ class ScoreConfig:
             outside = [value for value in values if not 0 < value < most]
             if outside:
                 limit = "below 1, a share of the dimensions," if most == 1 else "finite,"
-                raise ConfigError(f"{name} must be positive and {limit} got {outside[0]}")
+                hint = "; empty, it is the rule's own" if name == "damping_grid" else ""
+                raise ConfigError(f"{name} must be positive and {limit} got {outside[0]}{hint}")
         if self.method != "kernel":
             for name, plain in (("norm", "none"), ("residual", "none"), ("leverage", False)):
                 if getattr(self, name) != plain:

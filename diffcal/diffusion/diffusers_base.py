@@ -17,9 +17,9 @@ from diffcal.diffusion.discrete_denoiser import DiscreteDenoiser
 from diffcal.diffusion.discrete_noise import DiscreteNoise
 from diffcal.errors import CheckpointError, ConfigError, MissingExtraError
 
-__all__ = ["AttentionBackend", "DiffusersDenoiser", "config_of", "square", "up_block_features"]
+__all__ = ["DiffusersAttention", "DiffusersDenoiser", "config_of", "square", "up_block_features"]
 
-AttentionBackend = Literal["sdpa", "xformers"]
+DiffusersAttention = Literal["sdpa", "xformers"]
 
 
 class DiffusersDenoiser(DiscreteDenoiser):
@@ -122,7 +122,7 @@ class DiffusersDenoiser(DiscreteDenoiser):
             ("noise", {}, {"log_sigmas": self.noise.log_sigmas}),
         ]
 
-    def set_attention_backend(self, name: AttentionBackend) -> None:
+    def set_attention_backend(self, name: DiffusersAttention) -> None:
         """Compute attention with torch's own kernels (``sdpa``, the default) or with ``xformers``.
 
         Raises:

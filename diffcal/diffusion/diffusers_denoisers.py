@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from diffcal.config import check_choices, config_from_dict
 from diffcal.core.devices import resolve_device
-from diffcal.diffusion.diffusers_base import AttentionBackend, DiffusersDenoiser
+from diffcal.diffusion.diffusers_base import DiffusersAttention, DiffusersDenoiser
 from diffcal.diffusion.diffusers_dit import DiTDenoiser
 from diffcal.diffusion.diffusers_sources import ModelFolder, is_hub_name, open_model_folder
 from diffcal.diffusion.diffusers_unet import UNet2DDenoiser
@@ -52,7 +52,7 @@ class DiffusersOptions:
     """Text-conditional models: prompt of the unconditional branch; None: what training used."""
     decode_chunk: int | None = None
     """Latent models: images that pass through the autoencoder at once; None: one."""
-    attention: AttentionBackend = "sdpa"
+    attention: DiffusersAttention = "sdpa"
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     variant: str | None = None
