@@ -1,5 +1,6 @@
 """SIGKILL for tests: a forked copy of the test process, killed when it has come far enough."""
 
+import fnmatch
 import os
 import signal
 import time
@@ -40,3 +41,34 @@ def _kill(child):
         return os.waitpid(child, 0)[1]
     except (ProcessLookupError, ChildProcessError):
         return 0
+
+
+def kill_at_rename(pattern, work, *, renamed):
+    """Run ``work()`` in a forked process that is killed where a file of this name takes its place.
+
+    Every artefact is written beside its place and renamed. The kill comes at the first file whose path
+    matches ``pattern``: right before the rename, or right after it if ``renamed``. Fails if there is
+    none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        real = os.replace
+
+        def replace(source, target):
+            mine = fnmatch.fnmatch(str(target), pattern)
+            if mine and not renamed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target)
+            if mine:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace
+        try:
+            work()
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status), f"it ended before '{pattern}' was written"
+    assert os.WTERMSIG(status) == signal.SIGKILL
