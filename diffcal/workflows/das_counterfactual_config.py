@@ -12,6 +12,7 @@ from diffcal.diffusion.checkpoints import bundled_checkpoint
 from diffcal.diffusion.samplers import SamplerConfig
 from diffcal.errors import ArtifactError, ConfigError
 from diffcal.mixing.encoding import EncoderConfig
+from diffcal.workflows.das_checkpoints import require_stages
 from diffcal.workflows.das_config import (
     INDEX_METHODS,
     DasConfig,
@@ -88,6 +89,7 @@ class CounterfactualConfig:
                     "score, and give that folder"
                 )
             self.index_config(name, "")
+            require_stages(name, self.training.optimizer.steps)
             if PRESETS[name].get("queries") == "sampling-path":
                 raise ConfigError(
                     f"'{name}' needs queries of diffcal csm: score them with diffcal das score, and "

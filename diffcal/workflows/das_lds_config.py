@@ -11,6 +11,7 @@ from diffcal.diffusion.samplers import SamplerConfig
 from diffcal.diffusion.training import OptimizerConfig
 from diffcal.errors import ConfigError
 from diffcal.mixing.encoding import EncoderConfig
+from diffcal.workflows.das_checkpoints import require_stages
 from diffcal.workflows.das_config import (
     INDEX_METHODS,
     DasConfig,
@@ -123,6 +124,7 @@ class LdsConfig:
                     )
                 continue
             self.index_config(name)
+            require_stages(name, self.optimizer.steps)
             if PRESETS[name].get("queries") == "sampling-path" and not self.queries.generated:
                 raise ConfigError(f"'{name}' judges generated queries alone: set queries.generated")
 

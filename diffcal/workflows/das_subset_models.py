@@ -17,6 +17,7 @@ from diffcal.core.progress import progress_bar
 from diffcal.core.runs import fingerprint, write_json
 from diffcal.data.sources import ImageSource, open_images
 from diffcal.errors import ConfigError
+from diffcal.workflows.das_checkpoints import kept_checkpoints
 from diffcal.workflows.das_lds_config import LdsConfig
 from diffcal.workflows.das_subset_groups import Member, train_group
 from diffcal.workflows.train_diffusion import train_diffusion
@@ -111,8 +112,11 @@ def train_models(config: LdsConfig, out: Path, state: Any, device: str) -> Tenso
     Raises:
         ConfigError: rows beyond the source.
         ArtifactError: a folder holds a model of other settings or images.
+        CheckpointError: the attributed model was finished without checkpoints that a method wants.
         NumericalError: a training diverged; the others stay.
     """
+    if (out / BASE / "finished.json").exists():
+        kept_checkpoints(out / BASE, config.kept_checkpoints)  # before the others are trained
     source = open_images(
         config.data.name,
         image_column=config.data.image_column,

@@ -20,7 +20,7 @@ from diffcal.data.sources import open_images
 from diffcal.diffusion.checkpoints import load_denoiser
 from diffcal.diffusion.denoisers import images_to_model
 from diffcal.diffusion.ensemble_training import EnsembleTrainer
-from diffcal.errors import ArtifactError, ConfigError
+from diffcal.errors import ArtifactError, CheckpointError, ConfigError
 from diffcal.workflows import das
 from diffcal.workflows.das_lds import run_lds
 from diffcal.workflows.das_lds_config import LdsConfig, LossConfig
@@ -241,3 +241,26 @@ def test_checkpoints_paths_and_embeddings_are_judged_as_well(tmp_path):
     assert found["tracincp", "validation", "signed"] == pytest.approx(expected.mean, abs=1e-6)
     with pytest.raises(ConfigError, match="judges generated queries alone"):
         small("methods=['journey-trak']", "queries.generated=0")
+
+
+def test_stages_that_a_training_does_not_have_are_refused_before_it(tmp_path, capsys):
+    flags = [f"--set={setting}" for setting in [*SMALL, "optimizer.steps=1"]]
+    for method in ("tracincp", "gas"):
+        out = tmp_path / method
+        asked = f"--set=methods=['das','{method}']"
+        command = ["das", "lds", "--preset", "digits", "--out", str(out), *flags, asked]
+        assert main([*command, "--device", "cpu"]) == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("diffcal: ")]
+        assert f"'{method}' compares the model at several stages of its training" in line
+        assert not out.exists()
+    overrides = ["training.optimizer.steps=1", "methods=['tracincp']"]
+    with pytest.raises(ConfigError, match="several stages"):
+        das.counterfactual_config("digits", (), overrides)
+    # A method that is added later finds the model finished: refused before the others are trained.
+    out = tmp_path / "later"
+    train_models(small("methods=['das']"), out, PartialState(cpu=True), "cpu")
+    other = out / "subset-00000-seed-0/finished.json"
+    other.unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 1 .* named from the start"):
+        train_models(small("methods=['tracincp']"), out, PartialState(cpu=True), "cpu")
+    assert not other.exists()
