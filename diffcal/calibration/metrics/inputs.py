@@ -482,7 +482,9 @@ def _hard(
         raise DataError(f"labels must be integers, got {y.dtype}; distributions go to soft_labels")
     if y.ndim != 1 or len(y) != n:
         raise DataError(f"labels must have shape [{n}], got {list(y.shape)}")
-    low, high = (int(v) for v in y.aminmax())
+    # by numpy, as torch's other threads would keep their cores busy for milliseconds afterwards
+    ends = y.numpy() if y.device.type == "cpu" else y
+    low, high = int(ends.min()), int(ends.max())
     if low < 0 or high >= classes:
         raise DataError(f"labels run from {low} to {high}, but there are {classes} classes")
     return y.to(device=device, dtype=torch.int64)

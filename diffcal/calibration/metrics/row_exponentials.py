@@ -30,6 +30,9 @@ RANGE = 36.0
 """Logits within ±36 need no shift: their exponentials, those's squares and sums of millions of them
 are ordinary float32 numbers."""
 
+DEEPEST = np.float32(-87.3)
+"""Below this, exponentials are no normal float32 numbers."""
+
 SEGMENT = 4096
 """Entries that are added up in float32 before float64 takes over."""
 
@@ -58,7 +61,7 @@ def many_single(
     """
     first = read(slice(0, min(len(spare), len(y))))
     values = None
-    if first.max() <= RANGE:  # nothing is known of the other rows yet
+    if first.max() <= RANGE and first.min() >= -RANGE:  # nothing is known of the other rows yet
         values = _many_single(read, y, spare, with_scores, shift=False)
     if values is None:
         values = _many_single(read, y, spare, with_scores, shift=True)
@@ -71,31 +74,31 @@ def _many_single(
 ) -> RowValues | None:
     """None where a row that was not shifted needed it."""
     n, (size, k) = len(y), spare.shape
-    flat, starts = spare.reshape(-1), np.arange(0, size * k, k)
+    flat, starts, each = spare.reshape(-1), np.arange(0, size * k, k), np.arange(size)
     index, most, rest = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n)
     top, gap, squares = (np.empty(n if with_scores else 0) for _ in range(3))
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
         block = read(rows)
-        e = spare[: len(block)]
+        count = len(block)
+        e = spare[:count]
+        if not shift:  # before the other passes: it computes while the block comes from memory
+            _exponentials(block, e)
         chosen = block.argmax(axis=1, out=index[rows])
-        each = np.arange(len(block))
-        low = block.min()
-        if shift or not low >= -RANGE:
-            largest = block[each, chosen]
+        low = np.minimum.reduce(block, axis=None)
+        if shift := shift or not low >= -RANGE:  # the next blocks will need it too
+            largest = block[each[:count], chosen]
             _require_finite(low, largest.max())  # NaN is both the least and the largest
             np.subtract(block, largest[:, None], out=e)
-            _exponentials(e, e)
-        else:
-            _exponentials(block, e)
-        places = chosen + starts[: len(block)]
+            _falling_exponentials(e, low - largest.max())
+        places = chosen + starts[:count]
         most[rows] = flat[places]
         flat[places] = 0
         rest[rows] = _row_sums(e)
         if with_scores:
-            top[rows] = block[each, chosen]
-            gap[rows] = block[each, y[rows]]
-            squares[rows] = np.einsum("ij,ij->i", e, e)
+            top[rows] = block[each[:count], chosen]
+            gap[rows] = block[each[:count], y[rows]]
+            squares[rows] = _row_sums(e, squared=True)
     if not most.max() <= math.exp(RANGE):
         return None
     rest /= most
@@ -117,12 +120,30 @@ def _exponentials(z: Table, out: Table) -> None:
     EXPONENTIAL(z, out=out)
 
 
-def _row_sums(e: Table) -> Table:
-    """The same for equal rows wherever they lie, which a matrix product would not promise."""
-    total = np.einsum("ij->i", e[:, :SEGMENT]).astype(np.float64)
-    for i in range(SEGMENT, e.shape[1], SEGMENT):
-        total += np.einsum("ij->i", e[:, i : i + SEGMENT])
+def _falling_exponentials(e: Table, lowest: np.floating) -> None:
+    """Of numbers from ``lowest`` to 0, in place; what is not a normal float32 becomes 0."""
+    if lowest >= DEEPEST:
+        _exponentials(e, e)
+        return
+    deep = e < DEEPEST
+    np.maximum(e, DEEPEST, out=e)  # exp2 takes a hundred times as long for what lies below
+    _exponentials(e, e)
+    np.copyto(e, 0, where=deep)
+
+
+def _row_sums(e: Table, squared: bool = False) -> Table:
+    """The same for equal rows wherever they lie, which the product with a vector would not promise."""
+    k = e.shape[1]
+    total = _short_row_sums(e[:, :SEGMENT], squared).astype(np.float64)
+    for i in range(SEGMENT, k, SEGMENT):
+        total += _short_row_sums(e[:, i : i + SEGMENT], squared)
     return total
+
+
+def _short_row_sums(e: Table, squared: bool) -> Table:
+    if squared:  # a scalar product per row
+        return np.matmul(e[:, None, :], e[:, :, None])[:, 0, 0]
+    return np.einsum("ij->i", e)
 
 
 def _scored(

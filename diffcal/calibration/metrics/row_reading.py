@@ -4,17 +4,20 @@ Of every row come the predicted class, the confidence, whether it was right, the
 Brier score. The time goes into one exponential per logit, which NumPy takes more than twice as fast
 as torch, so that everything here is NumPy; :mod:`row_exponentials` takes those of many float32 logits
 per row in single precision. Rows are read in blocks that stay in the cache, by as many workers as
-torch has threads: NumPy lets go of the interpreter while it computes. Few classes run along the first
-axis of a block, so that every operation is a long one; what is done to single numbers per row of many
-classes is done to thousands of rows at once.
+torch has threads: NumPy lets go of the interpreter while it computes. No block depends on the number
+of workers, so that no result does, to the last bit. Few classes run along the first axis of a block,
+so that every operation is a long one; what is done to single numbers per row of many classes is done
+to thousands of rows at once.
 
 Logits are shifted by the largest of their row before anything else: rows that differ by a shift then
 have equal confidences to the last bit, and binned and ranking measures see their ties. Only float32
 logits of many classes are not.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -28,8 +31,14 @@ __all__ = ["RowValues", "Unreadable", "read_rows"]
 BLOCK_ELEMENTS = 1 << 16
 """Entries of a float64 block: 512 KiB, half of a usual second-level cache."""
 
-MANY_ELEMENTS = 1 << 22
+FEW_ELEMENTS = 3 << 15
+"""The same for few classes, whose blocks take more calls: fewer calls leave the other threads alone."""
+
+MANY_ELEMENTS = 1 << 21
 """Entries of the rows of many classes whose numbers are finished together."""
+
+WORKER_ELEMENTS = 1 << 19
+"""Entries that pay for a thread."""
 
 FEW_CLASSES = 64
 """Below this, classes run along the first axis of a block."""
@@ -63,18 +72,12 @@ def read_rows(
     y = labels.numpy()
     few = k < FEW_CLASSES
     single = scores.dtype != torch.float64 and not few
-    block_size = max(1, BLOCK_ELEMENTS * (2 if single else 1) // k)  # rows that fit the cache
+    elements = FEW_ELEMENTS if few else BLOCK_ELEMENTS * (2 if single else 1)
+    block_size = max(1, elements // k)
     together = single if logits else not (few or with_scores)
     size = max(block_size, MANY_ELEMENTS // k) if together else block_size
-    starts = range(0, n, size)
-    workers = max(1, min(torch.get_num_threads(), len(starts)))
-    cuts = [len(starts) * i // workers for i in range(workers + 1)]
-    shares = [starts[cuts[i] : cuts[i + 1]] for i in range(workers)]
-    has_numpy = scores.dtype in (torch.float32, torch.float64)
-    array = scores.numpy() if has_numpy else None
 
-    def block_of(rows: slice) -> Table:
-        return scores[rows].float().numpy() if array is None else array[rows]
+    block_of = _block_reader(scores)
 
     def values_of(rows: slice, spare: Table) -> RowValues:
         def within(part: slice) -> Table:
@@ -85,24 +88,50 @@ def read_rows(
         if logits:
             return _of_logits(block_of(rows), y[rows], spare.reshape(-1), with_scores)
         if together:
-            return _of_many_probs(within, y[rows], block_size, k, sum_tolerance)
+            return _of_many_probs(within, y[rows], block_size, sum_tolerance)
         return _of_probs(
             block_of(rows), y[rows], spare.reshape(-1), with_scores, eps, sum_tolerance
         )
 
-    def work(share: range) -> None:
+    def work(starts: Iterator[int]) -> None:
         spare = np.empty((block_size, k), dtype=np.float32 if logits and single else np.float64)
         with np.errstate(all="ignore"):
-            for start in share:
+            for start in starts:
                 rows = slice(start, min(start + size, n))
                 take(rows, values_of(rows, spare))
 
-    if workers == 1:
-        work(shares[0])
+    starts = range(0, n, size)
+    _share_out(starts, min(torch.get_num_threads(), len(starts), n * k // WORKER_ELEMENTS), work)
+
+
+def _block_reader(scores: Tensor) -> Callable[[slice], Table]:
+    """Blocks of rows as NumPy takes them, those of half precision in float32."""
+    if scores.dtype in (torch.float32, torch.float64):
+        array = scores.numpy()
+        return lambda rows: array[rows]
+    if scores.dtype == torch.bfloat16:  # the upper half of float32's bits
+        halves = scores.view(torch.int16).numpy()
+        return lambda rows: np.left_shift(halves[rows], 16, dtype=np.int32).view(np.float32)
+    return lambda rows: scores[rows].float().numpy()
+
+
+def _share_out(starts: range, workers: int, work: Callable[[Iterator[int]], None]) -> None:
+    """Have ``work`` take all starts, on this thread and on ``workers - 1`` others at once."""
+    left = deque(starts)
+
+    def remaining() -> Iterator[int]:
+        with suppress(IndexError):  # each is given to one worker, whoever comes first
+            while True:
+                yield left.popleft()
+
+    if workers <= 1:
+        work(iter(starts))
         return
-    with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(work, share) for share in shares]:
-            done.result()
+    with ThreadPoolExecutor(workers - 1) as pool:
+        others = [pool.submit(work, remaining()) for _ in range(workers - 1)]
+        work(remaining())
+        for other in others:
+            other.result()
 
 
 def _of_logits(block: Table, y: Table, spare: Table, with_scores: bool) -> RowValues:
@@ -130,7 +159,7 @@ def _of_logits(block: Table, y: Table, spare: Table, with_scores: bool) -> RowVa
 
 
 def _of_many_probs(
-    read: Callable[[slice], Table], y: Table, block_size: int, k: int, sum_tolerance: float
+    read: Callable[[slice], Table], y: Table, block_size: int, sum_tolerance: float
 ) -> RowValues:
     """Without scores, and without a copy: what is compared needs no more digits than are given."""
     n = len(y)
@@ -140,10 +169,10 @@ def _of_many_probs(
     for start in range(0, n, block_size):
         rows = slice(start, min(start + block_size, n))
         p = read(rows)
+        low = np.minimum(low, np.minimum.reduce(p, axis=None))  # keeps NaN
         chosen = p.argmax(axis=1, out=predicted[rows])
         top[rows] = p[starts[: len(p)], chosen]
-        sums[rows] = p @ np.ones(k, dtype=p.dtype)
-        low = np.minimum(low, p.min())  # keeps NaN
+        sums[rows] = np.einsum("ij->i", p)  # a product with ones would start threads of BLAS
     _require_distributions(low, sums, sum_tolerance)
     return RowValues(predicted, np.minimum(top, 1), predicted == y)
 

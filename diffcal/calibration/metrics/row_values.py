@@ -30,12 +30,7 @@ class Unreadable(ValueError):
 def first_largest(columns: Table) -> tuple[Table, Table]:
     """Of fewer than 128 classes along the first axis: index of the first maximum, and the maximum."""
     top = columns.max(axis=0)
-    # argmax is slow on this axis; small integers step back through the classes at the maximum
-    at = (columns == top).view(np.int8)
-    index = np.full(columns.shape[1], len(columns) - 1, dtype=np.int8)
-    step = np.empty_like(index)
-    for k in range(len(columns) - 2, -1, -1):
-        np.subtract(np.int8(k), index, out=step)
-        step *= at[k]
-        index += step
-    return index, top
+    # argmax is slow on this axis; of the classes at the maximum, the first has the largest weight
+    weight = (columns == top).view(np.int8)
+    weight *= np.arange(len(columns), 0, -1, dtype=np.int8)[:, None]
+    return len(columns) - weight.max(axis=0), top

@@ -1,6 +1,7 @@
 """Quick paths for large CPU inputs against the plain ones: first reading, histogram, integer sort."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -30,7 +31,9 @@ def test_first_reading(monkeypatch, dtype, k, whole):
     z = (z.round() if whole else z).to(dtype)  # whole numbers tie
     y = torch.randint(k, (400,))
     monkeypatch.setattr(row_reading, "BLOCK_ELEMENTS", 25 * k)
+    monkeypatch.setattr(row_reading, "FEW_ELEMENTS", 25 * k)
     monkeypatch.setattr(row_reading, "MANY_ELEMENTS", 120 * k)
+    monkeypatch.setattr(row_reading, "WORKER_ELEMENTS", 1)
     monkeypatch.setattr(row_reading.torch, "get_num_threads", lambda: 3)
     kind = torch.float64 if dtype == torch.float64 else torch.float32
     shapes = ({"logits": z}, {"logits": z.t().contiguous().t()}, {"probs": z.to(kind).softmax(1)})
@@ -47,6 +50,100 @@ def test_first_reading(monkeypatch, dtype, k, whole):
         torch.testing.assert_close(quick.log_score, plain.log_score, rtol=far, atol=1e-15)
         torch.testing.assert_close(quick.brier, plain.brier, rtol=far, atol=1e-15)
         torch.testing.assert_close(quick.class_probs(1), plain.class_probs(1), rtol=far, atol=0)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 700 entries and chunks of 2,800, each of which pays for a thread."""
+    for name, elements in (("BLOCK", 700), ("FEW", 700), ("MANY", 2800), ("WORKER", 1)):
+        monkeypatch.setattr(row_reading, f"{name}_ELEMENTS", elements)
+
+
+@pytest.fixture
+def pools(monkeypatch):
+    """Numbers of threads beside the calling one, of every pool that was opened."""
+    opened, pool = [], row_reading.ThreadPoolExecutor
+
+    def recorded(workers):
+        opened.append(workers)
+        return pool(workers)
+
+    monkeypatch.setattr(row_reading, "ThreadPoolExecutor", recorded)
+    return opened
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("k", [7, 70])
+@pytest.mark.parametrize("kind", ["logits", "probs"])
+@pytest.mark.parametrize("with_scores", [False, True])
+def test_threads_change_no_bit(set_threads, pools, dtype, k, kind, with_scores):
+    generator = torch.Generator().manual_seed(k)
+    z = torch.randn(507, k, generator=generator) * 4
+    z[200:300] *= 30  # rows whose exponentials leave the range of float32
+    kept = torch.float32 if kind == "probs" and dtype == torch.bfloat16 else dtype
+    given = {kind: z.to(kept) if kind == "logits" else z.softmax(1).to(kept)}
+    y = torch.randint(k, (507,), generator=generator)
+    seen = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        made = Predictions(**given, labels=y, with_scores=with_scores)
+        means = torch.tensor([made.mean_log_score, made.mean_brier], dtype=torch.float64)
+        rows = (made.confidence, made.outcome, made.predicted, made.log_score, made.brier)
+        seen.append((means, *rows))
+        assert set(pools) == ({threads - 1} if threads > 1 else set())  # one thread opens none
+        pools.clear()
+    for one, two, three in zip(*seen, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+def test_few_entries_open_no_pool(set_threads, pools):
+    set_threads(2)
+    z, y = torch.randn(50_000, 10), torch.zeros(50_000, dtype=torch.int64)
+    Predictions(logits=z, labels=y)
+    assert pools == []
+    Predictions(logits=z.repeat(3, 1), labels=y.repeat(3))
+    assert pools == [1]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("k", [7, 70])
+@pytest.mark.parametrize("kind", ["logits", "probs"])
+def test_errors_of_late_rows_are_clear_with_threads(set_threads, pools, k, kind):
+    set_threads(3)
+    z = torch.randn(507, k)
+    y = torch.zeros(507, dtype=torch.int64)
+    values = z if kind == "logits" else z.softmax(1)
+    values[499, 5] = math.nan
+    with pytest.raises(DataError, match=f"{kind} hold NaN .* the first is row 499"):
+        Predictions(**{kind: values}, labels=y)
+    assert pools == [2]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_error_in_another_thread_is_raised(set_threads):
+    set_threads(2)
+    other_began, here = threading.Event(), threading.current_thread()
+
+    def take(rows, values):
+        if threading.current_thread() is here:
+            assert other_began.wait(60)
+            return
+        other_began.set()
+        raise RuntimeError(f"rows from {rows.start}")
+
+    z, y = torch.randn(507, 7), torch.zeros(507, dtype=torch.int64)
+    options = {"logits": True, "with_scores": False, "eps": 0.0, "sum_tolerance": 1e-3}
+    with pytest.raises(RuntimeError, match=r"rows from \d+"):
+        row_reading.read_rows(z, y, **options, take=take)
 
 
 EXPONENTIALS = [(np.exp2, np.float32(1 / math.log(2))), (np.exp, None)]
