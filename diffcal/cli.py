@@ -152,6 +152,15 @@ def _parser() -> argparse.ArgumentParser:
         help="real images that the model was not trained on, which tell what is no copy; rest: those "
         "of the training source",
     )
+    score.add_argument(
+        "--without",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ID_OR_FILE",
+        help="score as if the index did not hold these training images: ids (the column training of "
+        "scores.parquet), or text files of ids, one on each line",
+    )
     _group_flags(score)
     score.add_argument("--model", help="where the index's model is now, if it moved")
     score.add_argument("--data", help="where its training images are now, if they moved")
@@ -412,6 +421,7 @@ def _das_index(args: argparse.Namespace) -> Any:
 def _das_score(args: argparse.Namespace) -> Any:
     from diffcal.workflows import das
     from diffcal.workflows.das_score import score_queries
+    from diffcal.workflows.das_without import read_ids
 
     overrides = list(args.set)
     for key, value in (("top", args.top), ("queries.rows", args.rows)):
@@ -425,6 +435,8 @@ def _das_score(args: argparse.Namespace) -> Any:
         overrides.append(f"groups={json.dumps(args.groups)}")
     if args.royalties is not None:
         overrides.append(f"royalties={args.royalties}")
+    if args.without:
+        overrides.append(f"without={read_ids(args.without)}")
     config = das.score_config(args.index, args.queries, overrides, file=args.config)
     if args.dry_run:
         return _dry(config)

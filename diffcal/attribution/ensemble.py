@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diffcal.attribution.kernel import Kernel
+from diffcal.attribution.kernel_updates import update_kernel
 from diffcal.attribution.readouts import read_out
-from diffcal.attribution.rows import Rows
+from diffcal.attribution.rows import ChosenRows, Rows, as_rows
 from diffcal.attribution.score_config import ScoreConfig, score_features
 from diffcal.attribution.scores import ScoreBlock, average_blocks
 from diffcal.errors import DataError
@@ -24,6 +26,26 @@ class ScoredModel:
     rows: Rows | Tensor
     kernel: Kernel | None = None
     errors: Float[Tensor, "n t"] | None = None
+
+    def keeping(self, positions: Sequence[int]) -> "ScoredModel":
+        """The same as if there were no other training rows than those at ``positions``, in their order.
+
+        The kernel is changed by :func:`~.kernel_updates.update_kernel`, not fitted again.
+
+        Raises:
+            DataError: no row is left.
+        """
+        rows = as_rows(self.rows)
+        kept = set(positions)
+        gone = [position for position in range(len(rows)) if position not in kept]
+        if not gone:
+            return self
+        kernel = self.kernel
+        if kernel is not None:
+            removed = torch.cat(list(ChosenRows(rows, gone).blocks()))
+            kernel = update_kernel(kernel, removed=removed)
+        errors = None if self.errors is None else self.errors[sorted(kept)]
+        return ScoredModel(self.queries, ChosenRows(rows, positions), kernel, errors)
 
 
 def ensemble_scores(config: ScoreConfig, models: Sequence[ScoredModel]) -> Iterator[ScoreBlock]:

@@ -62,6 +62,11 @@ class Kernel:
         return len(self.basis)
 
     @property
+    def spectrum(self) -> Float[Tensor, " r"]:
+        """Eigenvalues of the kernel; of a changed one they are no longer :attr:`eigenvalues`."""
+        return self.eigenvalues
+
+    @property
     def device(self) -> torch.device:
         """Where the factorisation lies."""
         return self.basis.device
@@ -81,7 +86,7 @@ class Kernel:
         Raises:
             ConfigError: all features are multiples of one another, or there is a single one.
         """
-        rest = max(self.trace - float(self.eigenvalues.max()), 0.0)
+        rest = max(self.trace - float(self.spectrum.max()), 0.0)
         return _positive(_positive(rho) * rest / max(self.count - 1, 1))
 
     def dimension_damping(self, share: float) -> float:
@@ -96,7 +101,7 @@ class Kernel:
         """
         if not 0 < share < 1:
             raise ConfigError(f"a share of the dimensions must lie between 0 and 1, got {share}")
-        largest_first = self.eigenvalues.double().cpu().sort(descending=True).values
+        largest_first = self.spectrum.double().cpu().sort(descending=True).values
         eigenvalues = largest_first[: min(self.count, self.dim)]  # the others are rounding
         eigenvalues = eigenvalues[eigenvalues > self.resolution / ROUNDINGS]
         target = share * len(eigenvalues)

@@ -1,6 +1,7 @@
 """A kernel with rows added or removed, exact for every damping, without a new factorisation."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,15 @@ class UpdatedKernel(Kernel):
         super().__init__(base.eigenvalues, base.basis, count, trace, base.form)
         self._base, self._rows, self._signs = base, rows, signs
         self._factors: dict[float, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def spectrum(self) -> Float[Tensor, " r"]:
+        """Eigenvalues of the changed kernel, of which the rules ``rest`` and ``dimension`` are made.
+
+        The only thing here that factorises anew, without eigenvectors and without reading the rows.
+        """
+        change = self._rows.mT @ (self._signs[:, None] * self._rows)
+        return torch.linalg.eigvalsh(change + self.eigenvalues.diag()).clamp(min=0)
 
     def effective_dimension(self, damping: float) -> float:
         """Σ l' / (l' + λ) of the changed kernel."""

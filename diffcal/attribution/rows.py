@@ -1,12 +1,13 @@
 """Rows that can be read block by block, whether in memory or on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["BLOCK_ROWS", "Rows", "TensorRows", "as_rows"]
+__all__ = ["BLOCK_ROWS", "ChosenRows", "Rows", "TensorRows", "as_rows"]
 
 BLOCK_ROWS = 1024
 
@@ -44,6 +45,39 @@ class TensorRows:
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[Float[Tensor, "b k"]]:
         """All rows in order, at most ``size`` at a time."""
         yield from self.tensor.split(size)
+
+
+class ChosenRows:
+    """Some rows of others, in their order, without a copy of them.
+
+    Args:
+        positions: Of the rows to take.
+
+    Raises:
+        IndexError: a position beyond the rows.
+    """
+
+    def __init__(self, rows: Rows, positions: Sequence[int]) -> None:
+        self.rows = rows
+        self._chosen = torch.zeros(len(rows), dtype=torch.bool)
+        self._chosen[list(positions)] = True
+
+    @property
+    def dim(self) -> int:
+        """Entries of a row."""
+        return self.rows.dim
+
+    def __len__(self) -> int:
+        return int(self._chosen.sum())
+
+    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[Float[Tensor, "b k"]]:
+        """The chosen rows of each block of the others; blocks without any are skipped."""
+        start = 0
+        for block in self.rows.blocks(size):
+            mine = self._chosen[start : start + len(block)]
+            start += len(block)
+            if bool(mine.any()):
+                yield block[mine]
 
 
 def as_rows(rows: Rows | Tensor) -> Rows:

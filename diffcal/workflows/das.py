@@ -107,6 +107,7 @@ def score(
     held_out: Path | str | None = None,
     groups: Sequence[str] = (),
     royalties: float | None = None,
+    without: Sequence[int] = (),
     denoiser: Denoiser | None = None,
     functional: NamedFunctional | None = None,
     device: str = "auto",
@@ -122,6 +123,7 @@ def score(
             those of the training source.
         groups: Columns of the training images by which attribution is shared out, besides the class.
         royalties: An amount to divide among the groups.
+        without: Ids of training images to leave out, as if the index did not hold them.
         functional: Your own functional, if the index was made with one.
     """
     config = ScoreRunConfig(
@@ -131,6 +133,7 @@ def score(
         held_out=None if held_out is None else HeldOut(name=str(held_out)),
         groups=tuple(groups),
         royalties=royalties,
+        without=tuple(without),
     )
     return score_queries(
         Path(index),

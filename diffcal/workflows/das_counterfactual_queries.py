@@ -32,7 +32,8 @@ class GivenScores:
         """The scores of a configuration, checked to belong together; None without any.
 
         Raises:
-            ArtifactError: unfinished scores, or of other images, queries or models than the first.
+            ArtifactError: unfinished scores, scores that leave training images out, or of other images,
+                queries or models than the first.
             ConfigError: they list fewer images than are to be removed.
         """
         folders = tuple(Path(name) for name in config.scores)
@@ -44,6 +45,11 @@ class GivenScores:
                         f"the scores in '{folder}' are of other {name} than those in '{folders[0]}': "
                         "compare scores of the same queries and training images"
                     )
+            if manifest["config"].get("without"):
+                raise ArtifactError(
+                    f"the scores in '{folder}' leave out training images that the model was trained on: "
+                    "score again without --without"
+                )
             recipe_of(manifest)
             top = manifest["config"]["top"]
             if min(top, manifest["training_images"]) < config.remove:

@@ -15,6 +15,7 @@ from diffcal.workflows import html
 from diffcal.workflows.das_config import TrainingImages
 from diffcal.workflows.das_index import fitted_kernel, read_manifest_of_index
 from diffcal.workflows.das_score_pass import shares_of_groups
+from diffcal.workflows.das_without import kept_positions
 
 __all__ = ["CLASS", "group_labels", "group_records", "group_section", "stored_shares"]
 
@@ -26,7 +27,7 @@ LONGEST = 50
 """Groups that a page lists."""
 
 
-def group_labels(source: ImageSource, column: str, rows: range) -> list[str]:
+def group_labels(source: ImageSource, column: str, rows: Sequence[int]) -> list[str]:
     """Group of each training image.
 
     Raises:
@@ -127,18 +128,20 @@ def stored_shares(
     )
     if source.fingerprint != manifest["data_fingerprint"]:
         raise ArtifactError(f"'{source.name}' holds other images than those that were scored")
-    first, count = training.first_row, len(stores[0])
-    labels = group_labels(source, column, range(first, first + count))
+    kept = kept_positions(stores[0].ids, manifest["config"].get("without", []))
+    rows = [training.first_row + position for position in kept]
+    labels = group_labels(source, column, rows)
     config = config_from_dict(ScoreConfig, manifest["config"]["scores"])
     models = []
-    for part, store, rows in zip(parts, stores, manifest["query_features"], strict=True):
+    for part, store, asked in zip(parts, stores, manifest["query_features"], strict=True):
         kernel = None
         if config.method == "kernel":
             kernel = fitted_kernel(folder / part / "kernel.safetensors", store, "cpu")
         errors = None if config.residual == "none" else store.column("error")
-        asked = FeatureStore.open(folder / rows).rows()
-        models.append(ScoredModel(asked, store, kernel, errors))
-    return group_records(shares_of_groups(config, models, {column: labels}, len(asked))[column])
+        queries = FeatureStore.open(folder / asked).rows()
+        models.append(ScoredModel(queries, store, kernel, errors).keeping(kept))
+    count = len(models[0].queries)
+    return group_records(shares_of_groups(config, models, {column: labels}, count)[column])
 
 
 def _percent(value: float) -> str:

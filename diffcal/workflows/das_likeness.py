@@ -21,15 +21,22 @@ class Likeness:
     Without that, images that share a background are all alike: cosines of raw digits lie near 1. The
     embeddings of one block of training images are in memory at a time. Several sets of queries are
     taken as one.
+
+    Args:
+        kept: Positions of the training images to compare with; the others count for nothing.
     """
 
     def __init__(
-        self, encoder: FeatureEncoder, training: ConditionedImages, *queries: ConditionedImages
+        self,
+        encoder: FeatureEncoder,
+        training: ConditionedImages,
+        *queries: ConditionedImages,
+        kept: Sequence[int],
     ) -> None:
-        self.encoder, self.training = encoder, training
-        total, count = torch.zeros(()), len(training)
+        self.encoder, self.training, self.kept = encoder, training, kept
+        total, count = torch.zeros(()), len(kept)
         for start in range(0, count, BATCH):
-            part = self._encode(training, range(start, min(start + BATCH, count)))
+            part = self._encode(training, kept[start : start + BATCH])
             total = total + part.double().sum(dim=0)
         self.centre = (total / count).float()
         parts = [
@@ -40,8 +47,9 @@ class Likeness:
         self.queries = _unit(torch.cat(parts) - self.centre)
 
     def block(self, positions: Sequence[int]) -> Float[Tensor, "q b"]:
-        """Cosine of every query with the training images at ``positions``, in [-1, 1]."""
-        return self.queries @ _unit(self._encode(self.training, positions) - self.centre).mT
+        """Cosine of every query with the kept images at ``positions`` among them, in [-1, 1]."""
+        chosen = [self.kept[position] for position in positions]
+        return self.queries @ _unit(self._encode(self.training, chosen) - self.centre).mT
 
     def _encode(self, images: ConditionedImages, positions: Sequence[int]) -> Tensor:
         features = self.encoder.encode(images.images(positions)).float().cpu()

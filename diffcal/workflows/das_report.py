@@ -82,8 +82,8 @@ def explain_scores(
     config = manifest["config"]["scores"]
     page = html.Page(
         "Which training images made this?",
-        f"{manifest['training_images']} training images, method {manifest['method']}, "
-        f"readout {config['readout']}",
+        f"{manifest['training_images']} training images{_left_out(manifest)}, "
+        f"method {manifest['method']}, readout {config['readout']}",
     )
     page.section("How to read this", *_reading(manifest))
     page.section("Queries", *(b for item in explanations for b in explanation_blocks(item)))
@@ -346,6 +346,11 @@ def manifest_of_scores(scores: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(f"'{path}' is not of format {FORMAT}")
     return manifest
+
+
+def _left_out(manifest: dict[str, Any]) -> str:
+    gone = len(manifest["config"].get("without", ()))
+    return f" ({gone} left out)" if gone else ""
 
 
 def _percent(value: float) -> str:

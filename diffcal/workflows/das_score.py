@@ -1,6 +1,7 @@
 """``diffcal das score``: which training images matter for each query, how much, and for what reason."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.functionals import NamedFunctional
 from diffcal.attribution.score_config import ScoreConfig
 from diffcal.config import config_to_dict
+from diffcal.core.devices import one_thread
 from diffcal.core.processes import process_state
 from diffcal.core.runs import claim_folder
 from diffcal.diffusion.denoisers import Denoiser
@@ -28,6 +30,7 @@ from diffcal.workflows.das_path import path_rows
 from diffcal.workflows.das_queries import HeldOut, QueryConfig
 from diffcal.workflows.das_score_pass import Found, search
 from diffcal.workflows.das_score_tables import FORMAT, headline, write_scores
+from diffcal.workflows.das_without import describe_ids, kept_positions
 
 __all__ = ["FORMAT", "HeldOut", "QueryConfig", "ScoreRunConfig", "score_queries"]
 
@@ -53,6 +56,9 @@ class ScoreRunConfig:
     """Columns of the training images by which attribution is shared out, besides the class."""
     royalties: float | None = None
     """An amount to divide among the groups in proportion to their shares."""
+    without: tuple[int, ...] = ()
+    """Ids of training images to leave out: scores are those of an index without them, from the
+    stored features and the changed kernel. Model and queries stay as they are."""
 
     def __post_init__(self) -> None:
         for name in ("top", "nearest"):
@@ -110,7 +116,7 @@ def score_queries(
         ArtifactError: the index is unfinished or damaged, model or images are not those of the index,
             or ``out`` holds something else.
         ConfigError, DataError: queries that the model cannot take, held-out images that are training
-            images, or a column that is not there.
+            images, a column that is not there, or images to leave out that the index does not hold.
     """
     state = process_state(device)
     where = str(state.device) if device == "auto" else device
@@ -123,8 +129,14 @@ def score_queries(
     held_out = None
     if config.held_out is not None:
         held_out = open_held_out(config.held_out, last.training, last.config.data, last.denoiser)
+    kept = kept_positions(last.training.ids, config.without)
+    if config.without and last.config.method == "datamodel":
+        raise ConfigError(
+            "'datamodel' is fitted on all training images at once, so that none can be left out"
+        )
+    rows_kept = [last.training.rows[position] for position in kept]
     labels = {
-        column: group_labels(last.training.source, column, last.training.rows)
+        column: group_labels(last.training.source, column, rows_kept)
         for column in dict.fromkeys((CLASS, *config.groups))
     }
     config = replace(config, scores=config.scores or last.config.scores)
@@ -156,15 +168,16 @@ def score_queries(
     found: Found | None = None
     if state.is_main_process:
         scored = [
-            _scored(config, one, parts, where) for one, parts in zip(models, stores, strict=True)
+            _scored(config, one, parts, kept, where)
+            for one, parts in zip(models, stores, strict=True)
         ]
-        found = _search(config, last, scored, queries, held_out, labels, where)
+        found = _search(config, last, scored, queries, held_out, labels, kept, where)
         features = [str(parts[0].folder.relative_to(index)) for parts in stores]
-        write_scores(out, index, config, models, queries, held_out, found, features)
+        write_scores(out, index, config, models, queries, held_out, found, features, kept)
     state.wait_for_everyone()
     summary: dict[str, Any] = {
         "queries": len(queries),
-        "training_images": len(last.training),
+        "training_images": len(kept),
         "featurised_now": made,
         "seconds": round(time.monotonic() - started, 1),
         "folder": str(out),
@@ -202,15 +215,21 @@ def _query_rows(
 
 
 def _scored(
-    config: ScoreRunConfig, index: AttributionIndex, stores: list[FeatureStore], device: str
+    config: ScoreRunConfig,
+    index: AttributionIndex,
+    stores: list[FeatureStore],
+    kept: Sequence[int],
+    device: str,
 ) -> ScoredModel:
     scores = config.scores or ScoreConfig()
-    return ScoredModel(
+    whole = ScoredModel(
         torch.cat([store.rows() for store in stores]),
         index.store,
         index.kernel(device) if scores.method == "kernel" else None,
         None if scores.residual == "none" else index.store.column("error"),
     )
+    with one_thread():
+        return whole.keeping(kept)
 
 
 def _claim(
@@ -225,6 +244,10 @@ def _claim(
     values["held_out"] = None
     if config.held_out is not None and held_out is not None:
         values["held_out"] = [held_out.fingerprint, config.held_out.quantile]
+    # A list of thousands would drown the message that names what differs.
+    del values["without"]
+    if config.without:
+        values["without"] = describe_ids(config.without)
     return {"format": FORMAT, **values, "index": index_fingerprint(models)}
 
 
@@ -235,6 +258,7 @@ def _search(
     queries: ConditionedImages,
     held_out: ConditionedImages | None,
     labels: dict[str, list[str]],
+    kept: Sequence[int],
     device: str,
 ) -> Found:
     encoder = build_encoder(
@@ -247,7 +271,7 @@ def _search(
     return search(
         config.scores or ScoreConfig(),
         models,
-        Likeness(encoder, index.training, *sets),
+        Likeness(encoder, index.training, *sets, kept=kept),
         labels,
         len(queries),
         top=config.top,

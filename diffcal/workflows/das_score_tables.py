@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffcal.attribution.feature_shards import RowId
 from diffcal.config import config_to_dict
 from diffcal.core.runs import sha256_file, write_atomic, write_json
 from diffcal.workflows.das_groups import group_records
@@ -29,27 +30,30 @@ def write_scores(
     held_out: ConditionedImages | None,
     found: Found,
     features: Sequence[str],
+    kept: Sequence[int],
 ) -> None:
     """Write tables and, last, ``scores.json``.
 
     Args:
         folder: Of the index.
         features: Where the query features of each model lie in it.
+        kept: Positions of the training images that were scored.
     """
     index = models[-1]
+    ids = [index.training.ids[position] for position in kept]
     shares = found.top.values.double() / found.total[:, None]
-    scores = _ranked(queries, index, found.top, "score")
+    scores = _ranked(queries, ids, found.top, "score")
     scores |= {
         "share": shares.flatten().tolist(),
         "likeness": found.top_likeness.flatten().tolist(),
     }
     tables: dict[str, dict[str, list[Any]]] = {
         "scores": scores,
-        "nearest": _ranked(queries, index, found.nearest, "likeness"),
+        "nearest": _ranked(queries, ids, found.nearest, "likeness"),
     }
     if config.scores is not None and config.scores.readout in ("signed", "signed_square"):
-        tables["lowest"] = _ranked(queries, index, found.lowest, "score")
-    report, ids = found.memorisation, index.training.ids
+        tables["lowest"] = _ranked(queries, ids, found.lowest, "score")
+    report = found.memorisation
     tables["queries"] = {
         "query": list(queries.ids),
         "caption": list(queries.captions),
@@ -91,7 +95,7 @@ def write_scores(
             "query_features": list(features),
             "queries": queries.fingerprint,
             "held_out": None if held_out is None else held_out.fingerprint,
-            "training_images": len(index.training),
+            "training_images": len(kept),
             "group_order": {
                 column: [str(name) for name in group.names]
                 for column, group in found.groups.items()
@@ -133,10 +137,9 @@ def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
 
 
 def _ranked(
-    queries: ConditionedImages, index: AttributionIndex, best: Ranked, value: str
+    queries: ConditionedImages, ids: Sequence[RowId], best: Ranked, value: str
 ) -> dict[str, list[Any]]:
     count = best.index.shape[1]
-    ids = index.training.ids
     return {
         "query": [name for name in queries.ids for _ in range(count)],
         "training": [ids[row] for row in best.index.flatten().tolist()],

@@ -10,6 +10,7 @@ from diffcal.attribution.journey import path_features
 from diffcal.attribution.kernel import fit_kernel
 from diffcal.attribution.noise import attribution_noise
 from diffcal.attribution.projection import ProjectionConfig
+from diffcal.attribution.rows import ChosenRows, TensorRows
 from diffcal.attribution.score_config import ScoreConfig
 from diffcal.attribution.scores import collect, kernel_scores
 from diffcal.errors import DataError
@@ -57,6 +58,41 @@ def test_models_of_other_images_are_refused():
     other = ScoredModel(normal(3, 5), rows, fit_kernel(rows))
     with pytest.raises(DataError, match="different queries or training rows"):
         collect(ensemble_scores(ScoreConfig(), [model(1), other]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"leverage": True, "residual": "rms", "readout": "signed"},
+        {"damping_rule": "rest", "damping": 4.0},
+        {"damping_rule": "dimension", "damping": 0.2},
+        {"damping_rule": "absolute", "damping": 3.0, "norm": "relative"},
+        {"method": "dot"},
+        {"method": "cosine"},
+    ],
+)
+@pytest.mark.parametrize("dim", [5, 20])
+def test_a_model_that_keeps_some_rows_scores_as_one_that_never_had_the_others(settings, dim):
+    config, kept = ScoreConfig(**settings), [0, 2, 3, 7, 8, 11]
+    rows, errors, queries = normal(12, dim), normal(12, 3, seed=2).square(), normal(3, dim, seed=1)
+    whole = ScoredModel(queries, rows, fit_kernel(rows), errors)
+    fresh = ScoredModel(queries, rows[kept], fit_kernel(rows[kept]), errors[kept])
+    found = collect(ensemble_scores(config, [whole.keeping(kept)]))
+    expected = collect(ensemble_scores(config, [fresh]))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert whole.keeping(range(12)) is whole
+    with pytest.raises(DataError, match="leaves none"):
+        whole.keeping([])
+
+
+def test_chosen_rows_come_block_by_block():
+    rows = normal(10, 2)
+    chosen = ChosenRows(TensorRows(rows), [9, 0, 1, 5])
+    assert (len(chosen), chosen.dim) == (4, 2)
+    blocks = list(chosen.blocks(3))
+    assert [len(block) for block in blocks] == [2, 1, 1]  # none of the third block is chosen
+    torch.testing.assert_close(torch.cat(blocks), rows[[0, 1, 5, 9]], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("normalise", [False, True])

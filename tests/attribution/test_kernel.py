@@ -275,6 +275,8 @@ def test_updates_equal_refits_at_every_damping(n, k):
             atol=1e-10,
         )
         assert updated.effective_dimension(0.5) == pytest.approx(refit.effective_dimension(0.5))
+        assert updated.rest_damping(4.0) == pytest.approx(refit.rest_damping(4.0))
+        assert updated.dimension_damping(0.3) == pytest.approx(refit.dimension_damping(0.3))
 
 
 def test_adding_then_removing_restores_the_kernel():

@@ -1,5 +1,6 @@
 """Empirical influence and datamodels through the commands, on the models of a tiny LDS run."""
 
+import dataclasses
 import json
 
 import pyarrow.parquet as pq
@@ -87,6 +88,18 @@ def test_scores_are_those_of_the_subset_losses(run, method, tmp_path):
     das.score_queries(index, config, tmp_path / "other", device="cpu")
     close(matrix(tmp_path / "other", 3), expected)
     assert read_json(tmp_path / "other/scores.json")["method"] == method
+    # An image's influence does not depend on the others; a regression has no part without it.
+    config = dataclasses.replace(config, without=(2,))
+    if method == "datamodel":
+        with pytest.raises(ConfigError, match="'datamodel' is fitted on all training images"):
+            das.score_queries(index, config, tmp_path / "less", device="cpu")
+    else:
+        das.score_queries(index, config, tmp_path / "less", device="cpu")
+        first = pq.read_table(tmp_path / "other/scores.parquet").to_pylist()
+        less = pq.read_table(tmp_path / "less/scores.parquet").to_pylist()
+        scores = {(row["query"], row["training"]): row["score"] for row in first}
+        assert len(less) == 3 * (ROWS - 1)
+        assert all(row["score"] == scores[row["query"], row["training"]] for row in less)
 
 
 def test_lds_judges_them_on_subsets_they_have_not_seen(run):
