@@ -200,5 +200,5 @@ def test_images_that_cannot_be_left_out_are_one_clear_line(indexes, tmp_path, ca
 def test_scores_of_a_part_do_not_say_what_to_retrain_without(indexes, tmp_path):
     das.score(indexes / "all", "digits", tmp_path / "s", rows=2, without=[3], device="cpu")
     config = das.CounterfactualConfig(scores=(str(tmp_path / "s"),), methods=())
-    with pytest.raises(ArtifactError, match="leave out training images .* score again without"):
+    with pytest.raises(ArtifactError, match=r"leave out training images .* score again without"):
         das.counterfactual(config, tmp_path / "out", device="cpu")
