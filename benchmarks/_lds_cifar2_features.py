@@ -54,6 +54,7 @@ class FeatureSet:
     slot_batch: int = 16
     groups: tuple[str, ...] = ("t0", "t500", "t10")
     checkpoint: str = "checkpoint"
+    combine: str = "mean"
 
 
 SETS = {
@@ -79,6 +80,12 @@ SETS = {
     ),
     "loss-slot-many": FeatureSet("loss", "slot", slot_batch=52, groups=("t20", "t100")),
     "loss-shared-normalised": FeatureSet("loss", "shared", True),
+    "signs-stacked": FeatureSet("random-signs", "shared", True, combine="stack"),
+    "signs-stacked-many": FeatureSet(
+        "random-signs", "shared", True, groups=("t20", "t100"), combine="stack"
+    ),
+    "signs-shared": FeatureSet("random-signs", "shared", True),
+    "mean-stacked": FeatureSet("mean", "shared", True, combine="stack"),
 }
 
 
@@ -126,6 +133,7 @@ def feature_config(chosen: FeatureSet, timesteps: tuple[int, ...]) -> FeatureCon
         functional=chosen.functional,
         noise=chosen.noise,  # type: ignore[arg-type]
         normalise=chosen.normalise,
+        combine=chosen.combine,  # type: ignore[arg-type]
         slot_batch=chosen.slot_batch,
         timesteps=timesteps,
         projection=ProjectionConfig(kind="sjlt", dim=DIM),

@@ -26,6 +26,7 @@ from diffcal.attribution.projectors import make_projector
 from diffcal.attribution.timesteps import TimestepStrategy, noise_levels
 from diffcal.config import check_choices, config_to_dict
 from diffcal.core.devices import module_device
+from diffcal.core.rng import item_signs
 from diffcal.core.runs import fingerprint
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ConfigError, DataError
@@ -63,6 +64,12 @@ class FeatureConfig:
     """Batch whose places ``slot`` noise belongs to: 16 in DAS's scripts, 52 in D-TRAK's."""
     normalise: bool = True
     """Divide the gradient of every timestep by its norm before averaging."""
+    combine: Literal["mean", "stack"] = "mean"
+    """How a sample's timesteps make one feature. ``mean``: their average, as published; the kernel then
+    also compares gradients at different timesteps. ``stack``: as if they were written one after the
+    other, so that the kernel is the mean of the timesteps' own kernels; they share the same entries,
+    each timestep with random signs of its own, which costs no memory and no accuracy beyond that of
+    the sketch."""
     norms: Literal["auto", "exact", "projected"] = "auto"
     """Which norm that is; auto: projected for factorised projections, exact for all others."""
     params: str = "all"
@@ -106,8 +113,9 @@ class Features:
 class Featuriser:
     """Features of samples of one denoiser; what is asked for is in ``config``.
 
-    ``phi_i = P mean_t g_it / (||g_it|| + 1e-8)``, with ``g_it`` the gradient of the functional of
-    the network's output at the noised sample, over the chosen parameters in order of registration.
+    ``phi_i = mean_t S_t P g_it / (||g_it|| + 1e-8)``, with ``g_it`` the gradient of the functional of
+    the network's output at the noised sample, over the chosen parameters in order of registration,
+    and ``S_t`` the identity, or random signs if timesteps are stacked.
     Without normalisation the gradient of a sample's timesteps is formed and projected once. The
     network runs in evaluation mode. Results do not depend on ``batch_rows`` or on the order of samples,
     up to rounding.
@@ -145,6 +153,7 @@ class Featuriser:
             raise ConfigError(f"batch_rows must be at least 1, got {batch_rows}")
         self.batch_rows = batch_rows
         self._shared_noise: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._output_signs: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         denoiser.module.eval()
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
@@ -197,6 +206,8 @@ class Featuriser:
         # The grid itself says what was asked, however it was asked for.
         for name in ("timesteps", "strategy", "sigmas", "norms"):
             del values[name]
+        if self.config.combine == "mean":
+            del values["combine"]  # features were averages before there was a choice
         return values | {
             "functional": self._functional_name,
             "norms": self.config.norm_kind if self.config.normalise else "none",
@@ -240,6 +251,7 @@ class Featuriser:
                 + ("" if condition is None else f", {len(condition)} conditions")
             )
         noise = self._noise(tuple(clean.shape[1:]), indices, role)
+        stack = self._stack_signs() if self.config.combine == "stack" else None
         sums = torch.zeros(samples, self.dim)
         errors, values = [], []
         for rows, entries in self._batches(samples, levels):
@@ -253,6 +265,8 @@ class Featuriser:
             )
             # Added up as they come, so that memory does not grow with the number of timesteps.
             vectors = _divide(part.vectors, part.norms if self.config.normalise else None)
+            if stack is not None:
+                vectors = vectors * stack[level].to(vectors)
             sums = sums.to(vectors)
             sums.index_add_(0, sample[::entries].to(vectors.device), vectors)
             errors.append(part.extras)
@@ -263,7 +277,7 @@ class Featuriser:
 
     def _batches(self, samples: int, levels: int) -> Iterator[tuple[Tensor, int]]:
         """(Sample, level) rows of each batch, sample after sample, and how many have one gradient."""
-        if self.config.normalise:
+        if self.config.normalise or self.config.combine == "stack":
             for rows in torch.arange(samples * levels).split(self.batch_rows):
                 yield rows, 1
             return
@@ -308,6 +322,22 @@ class Featuriser:
         drawn = draw(indices)
         return lambda sample, level: drawn[level, sample]
 
+    def _signs(self, shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "t c h w"]:
+        """Signs of the output at every timestep, kept on the network's device."""
+        key = (shape, device)
+        if key not in self._output_signs:
+            seed, timesteps = self.config.noise_seed, self.levels.timesteps
+            drawn = [item_signs(seed, "attribution-signs", t, shape) for t in timesteps]
+            self._output_signs[key] = torch.stack(drawn).to(device)
+        return self._output_signs[key]
+
+    def _stack_signs(self) -> Float[Tensor, "t k"]:
+        """Signs of the sketch's entries at every timestep."""
+        seed = self.config.projection.seed
+        return torch.stack(
+            [item_signs(seed, "attribution-stack", t, (self.dim,)) for t in self.levels.timesteps]
+        )
+
     def rows(
         self,
         clean: Float[Tensor, "b c h w"],
@@ -332,6 +362,9 @@ class Featuriser:
             self.levels.sigmas[level].to(device, wide),
             self.levels.weights[level].to(device, wide),
             None if condition is None else condition.to(device),
+            self._signs(tuple(clean.shape[1:]), device)[level.to(device)]
+            if self.objective.needs_signs
+            else None,
         )
         return self.gradients(*inputs, entries=entries)
 

@@ -29,6 +29,8 @@ class Outputs:
     """What ``o`` was trained to equal (the noise ``e`` for an epsilon prediction)."""
     weight: Float[Tensor, " b"]
     """``beta_t / (2 alpha_t (1 - abar_t))`` of each row; NaN where there is no table of timesteps."""
+    signs: Float[Tensor, "b *d"] | None = None
+    """Random signs of each row's timestep, for ``random-signs``; None for all other functionals."""
 
 
 Functional = Callable[[Outputs], Float[Tensor, " b"]]
@@ -87,6 +89,18 @@ def mean(outputs: Outputs) -> Float[Tensor, " b"]:
     return _rows(outputs.prediction).mean(dim=1)
 
 
+def random_signs(outputs: Outputs) -> Float[Tensor, " b"]:
+    """Mean of ``s o``, signs ``s`` drawn once for each timestep and the same for all samples.
+
+    ``mean`` looks at one direction of the output, its average, and does not see what leaves that as it
+    is; in random signs no direction is preferred. Its kernel is an unbiased estimate of the trace of
+    the kernel of all outputs.
+    """
+    if outputs.signs is None:
+        raise ConfigError("the functional random-signs needs the signs of each row")
+    return _rows(outputs.signs * outputs.prediction).mean(dim=1)
+
+
 def l1_norm(outputs: Outputs) -> Float[Tensor, " b"]:
     """Sum of ``|o|``, not divided by its size."""
     return _rows(outputs.prediction.abs()).sum(dim=1)
@@ -112,12 +126,13 @@ FUNCTIONALS: dict[str, Functional] = {
     "loss": loss,
     "mean-squared-l2-norm": mean_squared,
     "mean": mean,
+    "random-signs": random_signs,
     "l1-norm": l1_norm,
     "l2-norm": l2_norm,
     "linf-norm": linf_norm,
     "weighted-mse": weighted_mse,
 }
-"""By the names of the D-TRAK and DAS releases (arXiv:2311.00500, arXiv:2410.18639)."""
+"""By the names of the D-TRAK and DAS releases (arXiv:2311.00500, arXiv:2410.18639), and our own."""
 
 
 def resolve_functional(functional: str | Functional) -> Functional:

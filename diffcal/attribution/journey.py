@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffcal.attribution.featurise import Featuriser, average_over_timesteps
 from diffcal.attribution.noise import attribution_noise
-from diffcal.errors import DataError
+from diffcal.errors import ConfigError, DataError
 
 __all__ = ["journey_features", "path_features", "renoised_path"]
 
@@ -70,11 +70,17 @@ def path_features(
 
     Raises:
         DataError: another number of steps than noise levels.
+        ConfigError: features whose timesteps cannot be told from those of the training features.
     """
+    config, size = featuriser.config, featuriser.batch_rows
+    if config.combine == "stack" or featuriser.objective.needs_signs:
+        raise ConfigError(
+            "a sampling path has noise levels of its own, and stacked timesteps or random signs only "
+            "compare equal ones: choose combine = 'mean' and another functional"
+        )
     levels = featuriser.levels.timesteps
     if len(denoised) != len(levels):
         raise DataError(f"{len(denoised)} sampling steps for {len(levels)} noise levels")
-    config, size = featuriser.config, featuriser.batch_rows
     steps = []
     for at, clean in enumerate(denoised):
         noise = attribution_noise(

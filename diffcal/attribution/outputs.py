@@ -6,7 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcal.attribution.functionals import Functional, Outputs, resolve_functional
+from diffcal.attribution.functionals import (
+    Functional,
+    Outputs,
+    random_signs,
+    resolve_functional,
+)
 from diffcal.core.tensors import append_dims
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ConfigError
@@ -63,6 +68,8 @@ class DenoiserObjective:
             )
         self.denoiser, self.prediction = denoiser, prediction
         self.functional = resolve_functional(functional)
+        self.needs_signs = self.functional is random_signs
+        """Whether :meth:`inputs` must be given signs."""
 
     @property
     def is_half(self) -> bool:
@@ -76,8 +83,9 @@ class DenoiserObjective:
         sigma: Float[Tensor, " b"],
         weight: Float[Tensor, " b"],
         condition: Tensor | None = None,
+        signs: Float[Tensor, "b c h w"] | None = None,
     ) -> tuple[Tensor, ...]:
-        """(x, sigma, target, weight[, condition]) of rows, made without gradients.
+        """(x, sigma, target, weight[, signs][, condition]) of rows, made without gradients.
 
         Args:
             clean: Clean samples ``x_0``.
@@ -85,7 +93,13 @@ class DenoiserObjective:
             sigma: Noise levels in the units of ``clean``.
             weight: Weight of each row in ``weighted-mse``.
             condition: Rows of the denoiser's own conditions; None if unconditional.
+            signs: Signs of each row, where the functional needs them.
+
+        Raises:
+            ConfigError: signs that the functional does not need, or none where it does.
         """
+        if (signs is not None) != self.needs_signs:
+            raise ConfigError("signs go with the functional random-signs, and only with it")
         with torch.no_grad():
             level = append_dims(sigma, clean).to(clean.dtype)
             rows = (
@@ -94,7 +108,8 @@ class DenoiserObjective:
                 self._target(clean, noise, sigma, level),
                 weight.to(clean.dtype),
             )
-        return rows if condition is None else (*rows, condition)
+        further = (None if signs is None else signs.to(clean.dtype), condition)
+        return (*rows, *(part for part in further if part is not None))
 
     def _target(self, clean: Tensor, noise: Tensor, sigma: Tensor, level: Tensor) -> Tensor:
         if self.prediction == "network":
@@ -108,9 +123,10 @@ class DenoiserObjective:
 
     def __call__(self, *rows: Tensor) -> tuple[Tensor, Tensor]:
         """(functional [b], mean squared error [b]) of the rows."""
-        x, sigma, target, weight, *condition = rows
-        prediction = self._predict(x, sigma, condition[0] if condition else None)
-        values = self.functional(Outputs(prediction, target, weight))
+        x, sigma, target, weight, *further = rows
+        signs = further.pop(0) if self.needs_signs else None
+        prediction = self._predict(x, sigma, further[0] if further else None)
+        values = self.functional(Outputs(prediction, target, weight, signs))
         if values.shape != x.shape[:1]:
             raise ConfigError(
                 f"the functional must give one number for each of the {len(x)} rows, got shape "

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["item_generator", "item_normal", "item_seed"]
+__all__ = ["item_generator", "item_normal", "item_seed", "item_signs"]
 
 
 def item_seed(seed: int, stream: str, index: int) -> int:
@@ -27,3 +27,9 @@ def item_generator(seed: int, stream: str, index: int) -> torch.Generator:
 def item_normal(seed: int, stream: str, index: int, shape: tuple[int, ...]) -> Tensor:
     """Standard normal float32 CPU tensor of ``shape`` drawn by the item's own generator."""
     return torch.randn(shape, generator=item_generator(seed, stream, index))
+
+
+def item_signs(seed: int, stream: str, index: int, shape: tuple[int, ...]) -> Tensor:
+    """Fair signs, float32 CPU tensor of +1 and -1 of ``shape``, drawn by the item's own generator."""
+    bits = torch.randint(0, 2, shape, generator=item_generator(seed, stream, index))
+    return bits.float().mul_(2).sub_(1)
