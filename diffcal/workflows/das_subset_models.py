@@ -115,7 +115,7 @@ def train_models(config: LdsConfig, out: Path, state: Any, device: str) -> Tenso
         CheckpointError: the attributed model was finished without checkpoints that a method wants.
         NumericalError: a training diverged; the others stay.
     """
-    if (out / BASE / "finished.json").exists():
+    if config.kept_checkpoints and (out / BASE / "finished.json").exists():
         kept_checkpoints(out / BASE, config.kept_checkpoints)  # before the others are trained
     source = open_images(
         config.data.name,
