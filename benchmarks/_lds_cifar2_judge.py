@@ -43,14 +43,23 @@ RHOS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 READOUTS = ("signed", "square", "signed_square")
 CHECKPOINTS = ("loss-slot-1", "loss-slot-2", "loss-slot-3", "loss-slot")
 
+MEAN, SIGNS = "das, mean averaged", "das, signs stacked"
 RULES = {
-    "das, damping by rest": ("rest", 4.0),
-    "das, damping by dimension": ("dimension", 0.06),
+    f"{MEAN}, damping by rest": ("rest", 4.0),
+    f"{MEAN}, damping by dimension": ("dimension", 0.06),
 }
 """Rows whose own damping is that of another rule."""
 
+DAS = {
+    MEAN: ("mean-shared", 0.1),
+    SIGNS: ("signs-stacked", 0.3),
+    "das, signs averaged": ("signs-shared", 0.1),
+    "das, mean stacked": ("mean-stacked", 0.3),
+}
+"""Kinds of features scored as ``das`` does: their name, and the relative damping of their own."""
+
 KERNELS = {
-    "das": ("das", "mean-shared"),
+    **{name: (name, features) for name, (features, _) in DAS.items()},
     **{name: (name, "mean-shared") for name in RULES},
     "das-official": ("das-official", "mean-slot"),
     "dtrak": ("dtrak", "square-slot"),
@@ -171,8 +180,10 @@ def _kernel(
 
 def _scores(preset: str, training: Tensor) -> ScoreConfig:
     """The preset's score with one grid of relative dampings, and its own damping in those units."""
-    values = dict(PRESETS["das" if preset in RULES else preset]["scores"])
-    if preset in RULES:
+    values = dict(PRESETS["das" if preset in (*RULES, *DAS) else preset]["scores"])
+    if preset in DAS:
+        values["damping"] = DAS[preset][1]
+    elif preset in RULES:
         rule, value = RULES[preset]
         kernel = fit_kernel(training)
         chosen = ScoreConfig(damping_rule=rule, damping=value)  # type: ignore[arg-type]
@@ -196,7 +207,7 @@ def _first_images(
         return None
     found = Judge(masks[:, :count], losses)
     for name, grids in (
-        ("das", ("1 (t=500)", "2", "10")),
+        (MEAN, ("1 (t=500)", "2", "10")),
         ("das-official", ("2", "10", "20", "100")),
     ):
         for grid in grids:
@@ -207,7 +218,7 @@ def _first_images(
         "records": found.records,
         "differences": [
             found.gap((ours, readout), ("das-official, T=100", readout), kind)
-            for ours in ("das, T=2", "das, T=10")
+            for ours in (f"{MEAN}, T=2", f"{MEAN}, T=10")
             for readout in ("square", "signed")
             for kind in KINDS
         ],
@@ -283,47 +294,56 @@ def _signal(
 
 
 def _differences(found: Judge) -> list[dict[str, Any]]:
-    present = {(r["method"], r["readout"], r["track"]) for r in found.records}
     pairs = []
-    for grid in ("1 (t=500)", "1 (t=0)", "2", "10", "100"):
-        for other in ("das-official", "dtrak"):
-            ours, theirs = f"das, T={grid}", f"{other}, T={grid}"
-            own = "square" if other == "das-official" else "signed"
-            pairs.append(((ours, "square"), (theirs, own)))
-            pairs.append(((ours, "signed"), (theirs, "signed")))
-            if own != "square":
-                pairs.append(((ours, "square"), (theirs, "square")))
-    for grid in ("20", "100"):
-        pairs.append((("das, T=2", "square"), (f"das-official, T={grid}", "square")))
-        pairs.append((("das, T=10", "square"), (f"das-official, T={grid}", "square")))
-    for other, readout in (
-        ("trak, shared noise, T=10", "signed"),
-        ("trak, shared noise, T=10", "square"),
-        ("pixel cosine", "signed"),
-        ("pixel Gaussian", "signed"),
-        ("das, T=10", "signed"),
-    ):
-        pairs.append((("das, T=10", "square"), (other, readout)))
-    return [
-        found.gap(first, second, kind)
-        for first, second in pairs
-        for kind in KINDS
-        if {(*first, kind), (*second, kind)} <= present
-    ]
+    for ours in (SIGNS, MEAN):
+        for grid in ("1 (t=500)", "1 (t=0)", "2", "10", "100"):
+            for other in ("das-official", "dtrak"):
+                mine, theirs = f"{ours}, T={grid}", f"{other}, T={grid}"
+                own = "square" if other == "das-official" else "signed"
+                pairs.append(((mine, "square"), (theirs, own)))
+                pairs.append(((mine, "signed"), (theirs, "signed")))
+                if own != "square":
+                    pairs.append(((mine, "square"), (theirs, "square")))
+        for grid in ("20", "100"):
+            for count in ("2", "10"):
+                mine = (f"{ours}, T={count}", "square")
+                pairs.append((mine, (f"das-official, T={grid}", "square")))
+        for other, readout in (
+            ("trak, shared noise, T=10", "signed"),
+            ("trak, shared noise, T=10", "square"),
+            ("pixel cosine", "signed"),
+            ("pixel Gaussian", "signed"),
+            (f"{ours}, T=10", "signed"),
+        ):
+            pairs.append(((f"{ours}, T=10", "square"), (other, readout)))
+    for other in (MEAN, "das, signs averaged", "das, mean stacked"):
+        for grid in GRIDS:
+            for readout in ("square", "signed"):
+                pairs.append(((f"{SIGNS}, T={grid}", readout), (f"{other}, T={grid}", readout)))
+    return _gaps(found, pairs)
 
 
 def _own_differences(found: Judge) -> list[dict[str, Any]]:
-    present = {(r["method"], r["readout"], r["track"]) for r in found.records}
     pairs = []
-    for ours in ("das", *RULES):
+    for ours in (SIGNS, MEAN, *RULES):
         for grid in ("1 (t=500)", "2", "10", "100"):
             mine = (f"{ours}, T={grid}", "square")
             pairs.append((mine, (f"das-official, T={grid}", "square")))
             pairs.append((mine, (f"dtrak, T={grid}", "signed")))
         pairs.append(((f"{ours}, T=2", "square"), ("das-official, T=100", "square")))
         pairs.append(((f"{ours}, T=10", "square"), ("pixel cosine", "signed")))
+    return _gaps(found, pairs, own=True)
+
+
+Row = tuple[str, str]
+"""Method and readout."""
+
+
+def _gaps(found: Judge, pairs: list[tuple[Row, Row]], own: bool = False) -> list[dict[str, Any]]:
+    """Of those pairs whose rows are there."""
+    present = {(r["method"], r["readout"], r["track"]) for r in found.records}
     return [
-        found.gap(first, second, kind, own=True)
+        found.gap(first, second, kind, own=own)
         for first, second in pairs
         for kind in KINDS
         if {(*first, kind), (*second, kind)} <= present

@@ -12,7 +12,7 @@ the images themselves or from the path of the sampler that made them.
 
 from typing import Any
 
-from diffcal.attribution.damping_selection import OFFICIAL_DAMPINGS
+from diffcal.attribution.damping_selection import OFFICIAL_DAMPINGS, RELATIVE_DAMPINGS
 
 __all__ = ["PRESETS"]
 
@@ -63,6 +63,32 @@ PRESETS: dict[str, dict[str, Any]] = {
             "readout": "square",
             "damping": 0.1,
             "damping_rule": "relative",
+        },
+        **_FINAL,
+    },
+    # The same with random signs of the output and timesteps side by side: the kernel of all outputs. It
+    # gains with every timestep. The best damping differs between digits (0.3 to 1) and photographs (10
+    # and more), so choose it by das lds (benchmarks/PROTOCOL.md, third run on CIFAR-2).
+    "das-stacked": {
+        "features": {
+            "functional": "random-signs",
+            "timesteps": 10,
+            "strategy": "uniform",
+            "noise": "shared",
+            "noise_seed": 0,
+            "normalise": True,
+            "combine": "stack",
+            "projection": {"kind": "sjlt", "dim": 4096, "seed": 0},
+        },
+        "scores": {
+            "method": "kernel",
+            "norm": "none",
+            "residual": "none",
+            "leverage": False,
+            "readout": "square",
+            "damping": 1.0,
+            "damping_rule": "relative",
+            "damping_grid": (*RELATIVE_DAMPINGS, 100.0),
         },
         **_FINAL,
     },

@@ -16,6 +16,7 @@ from diffcal.errors import ConfigError, DataError
 
 EXPECTED = {
     "das": ("mean", "shared", True, "square"),
+    "das-stacked": ("random-signs", "shared", True, "square"),
     "das-official": ("mean", "slot", True, "square"),
     "dtrak": ("mean-squared-l2-norm", "slot", False, "signed"),
     "trak": ("loss", "slot", False, "signed"),
@@ -36,7 +37,7 @@ def test_every_method_is_there():
         *("empirical-influence", "datamodel"),
     }
     assert set(GRADIENTS) == {
-        *("das", "das-official", "dtrak", "trak", "journey-trak", "tracincp", "gas"),
+        *("das", "das-stacked", "das-official", "dtrak", "trak", "journey-trak", "tracincp", "gas"),
         *("relative-influence", "renormalised-influence", "gradient-dot", "gradient-cosine"),
     }
 
@@ -51,7 +52,7 @@ def test_every_preset_is_accepted_by_featuriser_and_scorer(name):
     if name in EXPECTED:
         found = features.functional, features.noise, features.normalise, scores.readout
         assert found == EXPECTED[name]
-    if name != "das" and scores.method == "kernel":
+    if name not in ("das", "das-stacked") and scores.method == "kernel":
         assert scores.damping_grid == OFFICIAL_DAMPINGS
         assert scores.damping in scores.damping_grid
 
