@@ -14,10 +14,7 @@ have equal confidences to the last bit, and binned and ranking measures see thei
 logits of many classes are not.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -25,6 +22,7 @@ from torch import Tensor
 
 from diffcal.calibration.metrics.row_exponentials import many_single
 from diffcal.calibration.metrics.row_values import RowValues, Table, Unreadable, first_largest
+from diffcal.core.workers import share_out
 
 __all__ = ["RowValues", "Unreadable", "read_rows"]
 
@@ -101,7 +99,7 @@ def read_rows(
                 take(rows, values_of(rows, spare))
 
     starts = range(0, n, size)
-    _share_out(starts, min(torch.get_num_threads(), len(starts), n * k // WORKER_ELEMENTS), work)
+    share_out(starts, min(torch.get_num_threads(), n * k // WORKER_ELEMENTS), work)
 
 
 def _block_reader(scores: Tensor) -> Callable[[slice], Table]:
@@ -113,25 +111,6 @@ def _block_reader(scores: Tensor) -> Callable[[slice], Table]:
         halves = scores.view(torch.int16).numpy()
         return lambda rows: np.left_shift(halves[rows], 16, dtype=np.int32).view(np.float32)
     return lambda rows: scores[rows].float().numpy()
-
-
-def _share_out(starts: range, workers: int, work: Callable[[Iterator[int]], None]) -> None:
-    """Have ``work`` take all starts, on this thread and on ``workers - 1`` others at once."""
-    left = deque(starts)
-
-    def remaining() -> Iterator[int]:
-        with suppress(IndexError):  # each is given to one worker, whoever comes first
-            while True:
-                yield left.popleft()
-
-    if workers <= 1:
-        work(iter(starts))
-        return
-    with ThreadPoolExecutor(workers - 1) as pool:
-        others = [pool.submit(work, remaining()) for _ in range(workers - 1)]
-        work(remaining())
-        for other in others:
-            other.result()
 
 
 def _of_logits(block: Table, y: Table, spare: Table, with_scores: bool) -> RowValues:

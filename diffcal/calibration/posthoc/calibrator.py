@@ -161,7 +161,7 @@ class Calibrator(ABC):
             NotFittedError: before :meth:`fit`.
             DataError: NaN or infinite logits, other shapes than fitted, no rows.
         """
-        return self._map(logits, features, self._probs)
+        return self._map(logits, features, self._write_probs)
 
     def calibrated_logits(
         self, logits: Array, *, features: Tensor | np.ndarray | None = None
@@ -171,7 +171,7 @@ class Calibrator(ABC):
         Log-probabilities for methods that have no logits of their own; these are minus infinity
         where a probability is exactly 0.
         """
-        return self._map(logits, features, self._logits)
+        return self._map(logits, features, lambda z, h, out: out.copy_(self._logits(z, h)))
 
     def last_layer(
         self,
@@ -255,6 +255,12 @@ class Calibrator(ABC):
         """Probabilities of a block; by default the softmax of :meth:`_logits`."""
         return self._logits(z, features).softmax(dim=1)
 
+    def _write_probs(
+        self, z: Float[Tensor, "b k"], features: Float[Tensor, "b d"] | None, out: Tensor
+    ) -> None:
+        """Write :meth:`_probs` of a block into ``out``, which has the number format of the input."""
+        out.copy_(self._probs(z, features))
+
     def _check_settings(self) -> None:
         """Raise :class:`ConfigError` for settings out of range."""
         if getattr(self, "n_bins", 1) < 1:
@@ -262,7 +268,7 @@ class Calibrator(ABC):
 
     # shared machinery
 
-    def _map(self, logits: Any, features: Any, function: Any) -> Any:
+    def _map(self, logits: Any, features: Any, write: Any) -> Any:
         self._require_fitted()
         z = _checked_logits(logits, self._classes)
         h = _checked_features(features, z, self.needs_features)
@@ -273,9 +279,8 @@ class Calibrator(ABC):
         out = torch.empty_like(z)
         for rows in self._row_blocks(*z.shape):
             part = None if h is None else h[rows]
-            made = function(z[rows].to(dtype), part)
-            out[rows] = made
-            if made.dtype != out.dtype and self.preserves_argmax:
+            write(z[rows].to(dtype), part, out[rows])
+            if dtype != out.dtype and self.preserves_argmax:
                 _keep_argmax(out[rows], z[rows].argmax(dim=1))
         return out if isinstance(logits, Tensor) else out.numpy()
 

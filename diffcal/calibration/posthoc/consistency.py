@@ -14,6 +14,7 @@ from diffcal.calibration.posthoc.consistency_exact import (
     NoiseLaw,
     exact_consistency,
 )
+from diffcal.calibration.posthoc.consistency_gaussian import gaussian_consistency
 from diffcal.calibration.posthoc.consistency_sampling import Aggregation, sampled_consistency
 from diffcal.calibration.posthoc.scalar_search import coarse_to_fine, smooth_minimum
 from diffcal.errors import ConfigError
@@ -140,6 +141,14 @@ class ConsistencyCalibration(Calibrator):
         if self.mode == "monte_carlo":
             return self._sampled(z, self.epsilon).to(z.dtype)
         return self._floored(exact_consistency(z, self.epsilon, self.noise))
+
+    def _write_probs(
+        self, z: Float[Tensor, "b k"], features: Float[Tensor, "b d"] | None, out: Tensor
+    ) -> None:
+        if self.mode == "exact" and self.noise == "gaussian" and self.floor == 0:
+            gaussian_consistency(z, self.epsilon, out=out)  # fresh memory in between costs a fifth
+        else:
+            super()._write_probs(z, features, out)
 
     def _logits(
         self, z: Float[Tensor, "b k"], features: Float[Tensor, "b d"] | None

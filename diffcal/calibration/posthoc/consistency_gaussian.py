@@ -12,18 +12,19 @@ expanded in Chebyshev polynomials T_r of a variable t(u) instead:
     c_k = exp(-u_k²/4) Σ_r T_r(t_k) Σ_q B_qr G(x_q)/Φ(x_q).
 
 What remains per logit are the T_r, by a recurrence of one multiply-add each; nodes cost only per
-row. For many classes the T_r are spanned by products T_a T_mb of a few (m = 4: four times five of
-them make twenty), so that both sums are small matrix products. The tables A and B are made once in
-float64 by interpolation at Chebyshev points.
+row. For many classes the T_r are spanned by products P_a(t) P_b(T_m(t)) of a few (m = 4: four times
+five of them make twenty), so that both sums are small matrix products. The tables A and B are made
+once in float64 by interpolation at Chebyshev points.
 
 Source: the definition is that of Consistency Calibration (arXiv:2410.12295) in the limit of many
 samples; the expansion is ours.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,20 +32,34 @@ from jaxtyping import Float
 from scipy.special import log_ndtr
 from torch import Tensor
 
+from diffcal.core.devices import one_thread
+from diffcal.core.workers import share_out
+
 __all__ = ["gaussian_consistency", "gaussian_log_consistency"]
 
 WIDE = 48
 """Classes from which matrix products take the sums; with fewer, classes run along the first axis, so
 that every operation is a long one."""
 
-NARROW_ELEMENTS, WIDE_ELEMENTS = 40_960, 131_072
-"""Entries of a block: small enough for the cache, large enough to hide the cost of calls."""
+BLOCK_ELEMENTS = 3 << 14
+"""Entries of a block on the CPU: small enough for the cache, large enough to hide the cost of calls.
+Blocks are shared among threads, each of which takes its steps alone."""
+
+WORKER_ELEMENTS = 1 << 17
+"""Entries that pay for a thread."""
+
+DEVICE_ELEMENTS = 1 << 20
+"""Entries of a block elsewhere."""
 
 SMALLEST = 1e-15
 """Noise below this counts as this: its square would leave float32, and the winner is certain anyway."""
 
 FLOOR = {torch.float32: 1e-30, torch.float64: 1e-290}
 """Below this the expansion's sum is rounding; positive, so that no class gets exactly nothing."""
+
+NEGLIGIBLE = {torch.float32: -39.0, torch.float64: -300.0}
+"""ln G/Φ below this counts as this: far below rounding, and products stay normal numbers, as others
+take a processor a hundred times as long."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +69,23 @@ class _Tables:
     lowest: float
     """u below this enters the polynomials as this; it only counts through exp(-u²/4) then."""
     bend: float
-    """t = 1 - 2 v (bend - lowest)/(-lowest) with v = u/(u - bend): finer near u = 0."""
-    signs: tuple[float, ...]
-    """Factors of the recurrence P_r = P_{r-2} + signs_r t P_{r-1}, in which P_r = ±T_r."""
+    """t = 1 - stretch v with v = u/(u - bend), which falls to -1 at the lowest u; finer near u = 0."""
+    stretch: float
     inner: int
-    """m of the products P_a(t) P_b(P_m(t)), a < m; for many classes."""
-    log_g: Float[Tensor, "q r"]
-    log_first: Float[Tensor, "q 1"]
-    weights: Float[Tensor, "r q"]
+    """m of the products P_a(t) P_b(T_m(t)), a power of 2, for many classes."""
+    log_g: Float[Tensor, "r q"]
+    constant: int
+    """r of the polynomial that is 1."""
+    log_first: Float[Tensor, " q"]
+    weights: Float[Tensor, "q r"]
 
 
 # step, first and last node, lowest u, polynomials, bend, inner; many classes have a narrow G'
 SETTINGS = {
     (torch.float32, False): (0.4, -6.4, 6.8, 10.0, 20, 8.0, 4),
-    (torch.float32, True): (0.25, -6.5, 7.0, 10.0, 20, 8.0, 4),
-    (torch.float64, False): (0.25, -8.5, 8.5, 14.0, 48, 12.0, 6),
-    (torch.float64, True): (0.125, -8.5, 9.0, 14.0, 48, 12.0, 6),
+    (torch.float32, True): (0.25, -6.5, 7.0, 9.15, 20, 16.0, 4),
+    (torch.float64, False): (0.25, -8.5, 8.5, 14.0, 48, 12.0, 8),
+    (torch.float64, True): (0.125, -8.5, 9.0, 14.0, 48, 12.0, 8),
 }
 
 
@@ -79,25 +95,19 @@ def _tables(dtype: torch.dtype, many: bool, device: str) -> _Tables:
     x = np.arange(first, last + step / 2, step)[:, None]
     points = 4 * count
     angle = np.pi * (np.arange(points) + 0.5) / points
-    v = (1 - np.cos(angle)) / 2 * depth / (depth + bend)
+    stretch = 2 * (depth + bend) / depth
+    v = (1 - np.cos(angle)) / stretch
     u = -bend * v / (1 - v)
     log_g = log_ndtr(x - u)
     log_phi = -0.5 * (x - u) ** 2 - 0.5 * math.log(2 * math.pi)
     kernel = step * np.exp(log_phi + u**2 / 4 - log_g + log_ndtr(x))
     basis = np.cos(np.arange(count)[:, None] * angle) * (2 / points)
     basis[0] /= 2
-    turned = [1.0, 1.0]  # signs by which P_r differs from T_r
-    for r in range(2, count):
-        turned.append(-turned[r - 2])
-    signs = (0.0, 0.0, *(2 * turned[r] / turned[r - 1] for r in range(2, count)))
-    made = np.cos(np.arange(count)[:, None] * angle) * np.array(turned)[:, None]
-    if many:  # the same polynomials spanned by products
-        outer = np.arccos(np.clip(np.cos(inner * angle) * turned[inner], -1, 1))
-        second = np.cos(np.arange(count // inner)[:, None] * outer)
-        second *= np.array(turned)[: count // inner, None]
-        made = (made[:inner, None] * second).reshape(count, points)
+    made = _basis(torch.from_numpy(np.cos(angle)), count, inner if many else None).numpy()
     change = np.linalg.inv(made @ basis.T)  # from coefficients in T_r to coefficients in `made`
     log_table, kernel_table = (values @ basis.T @ change for values in (log_g, kernel))
+    if many:  # the sums over classes come with falling a, those over nodes are taken with rising a
+        kernel_table = kernel_table.reshape(len(x), inner, -1)[:, ::-1].reshape(len(x), count)
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.tensor(np.ascontiguousarray(values), dtype=dtype, device=device)
@@ -105,36 +115,86 @@ def _tables(dtype: torch.dtype, many: bool, device: str) -> _Tables:
     return _Tables(
         lowest=-depth,
         bend=bend,
-        signs=signs,
+        stretch=stretch,
         inner=inner,
-        log_g=tensor(log_table),
-        log_first=tensor(log_ndtr(x)),
-        weights=tensor(kernel_table.T),
+        log_g=tensor(log_table.T),
+        constant=count // inner * (inner - 1) if many else 0,
+        log_first=tensor(log_ndtr(x)[:, 0]),
+        weights=tensor(kernel_table),
     )
 
 
-def gaussian_consistency(logits: Float[Tensor, "b k"], epsilon: float) -> Float[Tensor, "b k"]:
+def _basis(t: Float[Tensor, " p"], count: int, inner: int | None) -> Float[Tensor, "r p"]:
+    """The polynomials that :class:`_Narrow` and, with ``inner``, :class:`_Wide` make of t."""
+
+    def started(x: Tensor, size: int) -> list[Tensor]:
+        return [torch.ones_like(x), x, *(torch.empty_like(x) for _ in range(size - 2))]
+
+    def filled(made: list[Tensor]) -> list[Tensor]:
+        for step in _fill_by_products(made, made[0]):
+            step()
+        return made
+
+    if inner is None:
+        made = started(t, count)
+        _fill_by_recurrence(made)
+        return torch.stack(made)
+    *first, outer = filled(started(t, inner + 1))
+    second = filled(started(outer, count // inner))
+    return (torch.stack(first[::-1])[:, None] * torch.stack(second)).flatten(0, 1)
+
+
+def _fill_by_recurrence(made: list[Tensor]) -> None:
+    """±T_r(t) for every r >= 2, from 1 and t."""
+    for r in range(2, len(made)):
+        sign = 2.0 if r % 2 else -2.0
+        torch.addcmul(made[r - 2], made[1], made[r - 1], value=sign, out=made[r])
+
+
+def _fill_by_products(made: list[Tensor], one: Tensor) -> list[Callable[[], object]]:
+    """Steps to polynomials of every degree r >= 2 within ±1, from 1 and t: ±T_r for powers of 2, and
+    products of these, which take less memory traffic than a recurrence."""
+    steps = []
+    for r in range(2, len(made)):
+        power = 1 << r.bit_length() - 1
+        if r == power:
+            half = made[r // 2]
+            steps.append(partial(torch.addcmul, one, half, half, value=-2.0, out=made[r]))
+        else:
+            steps.append(partial(torch.mul, made[power], made[r - power], out=made[r]))
+    return steps
+
+
+def gaussian_consistency(
+    logits: Float[Tensor, "b k"], epsilon: float, out: Float[Tensor, "b k"] | None = None
+) -> Float[Tensor, "b k"]:
     """``P(argmax(z + epsilon n) = k)`` for standard normal n, rows summing to 1.
 
-    float32 input is computed in float32 (absolute error about 1e-6 at 10 classes, up to 2e-5 seen at
+    float32 input is computed in float32 (absolute error about 1e-6 at 10 classes, up to 4e-5 seen at
     1 000), all else in float64 (1e-9 up to thousands of classes, 1e-13 for ten). Two classes use the
     closed form. Every entry is positive unless it underflows; :func:`gaussian_log_consistency` has no
     such limit.
+
+    Args:
+        out: Takes the result, in its own format; by default new, in that of ``logits``.
     """
     epsilon = max(epsilon, SMALLEST)
     z = logits if logits.dtype == torch.float32 else logits.double()
+    out = torch.empty_like(logits) if out is None else out
     if z.shape[1] == 2:
         gap = (z[:, 1] - z[:, 0]) / (epsilon * math.sqrt(2))
-        return torch.special.ndtr(torch.stack([-gap, gap], dim=1)).to(logits.dtype)
-    out = torch.empty_like(z)
-    for rows, work in _blocks(z):
-        gap, factor, axis = work.expand(z[rows], epsilon)
+        return out.copy_(torch.special.ndtr(torch.stack([-gap, gap], dim=1)))
+    nothing, power = z.new_tensor(0.0), -0.25 / math.log(2) / epsilon**2
+
+    def law(rows: slice, work: _Narrow | _Wide) -> None:
+        factor, gap, axis = work.expand(z[rows]), work.gap, work.axis
         # 2 to a power is three times faster than exp
-        nothing, power = gap.new_tensor(0.0), -0.25 / math.log(2) / epsilon**2
         factor.mul_(torch.addcmul(nothing, gap, gap, value=power, out=gap).exp2_())
         target = out[rows] if axis else out[rows].t()
         torch.div(factor, factor.sum(dim=axis, keepdim=True), out=target)
-    return out.to(logits.dtype)
+
+    _by_blocks(z, epsilon, law)
+    return out
 
 
 def gaussian_log_consistency(logits: Float[Tensor, "b k"], epsilon: float) -> Float[Tensor, "b k"]:
@@ -145,110 +205,185 @@ def gaussian_log_consistency(logits: Float[Tensor, "b k"], epsilon: float) -> Fl
         gap = (z[:, 1] - z[:, 0]) / (epsilon * math.sqrt(2))
         return torch.special.log_ndtr(torch.stack([-gap, gap], dim=1)).to(logits.dtype)
     out = torch.empty_like(z)
-    for rows, work in _blocks(z):
-        gap, factor, axis = work.expand(z[rows], epsilon)
-        log_p = gap.square_().mul_(-0.25 / epsilon**2).add_(factor.log_())
-        out[rows] = (log_p if axis else log_p.t()).log_softmax(dim=1)
+
+    def law(rows: slice, work: _Narrow | _Wide) -> None:
+        factor = work.expand(z[rows])
+        log_p = work.gap.square_().mul_(-0.25 / epsilon**2).add_(factor.log_())
+        out[rows] = (log_p if work.axis else log_p.t()).log_softmax(dim=1)
+
+    _by_blocks(z, epsilon, law)
     return out.to(logits.dtype)
 
 
-def _blocks(z: Float[Tensor, "b k"]) -> Iterator[tuple[slice, "_Narrow | _Wide"]]:
-    """Blocks of rows with the buffers that all of them share: fresh memory would cost more than the
-    arithmetic."""
-    wide = z.shape[1] >= WIDE
-    size = max(1, (WIDE_ELEMENTS if wide else NARROW_ELEMENTS) // z.shape[1])
-    work = None
-    for start in range(0, len(z), size):
-        rows = slice(start, min(start + size, len(z)))
-        count = rows.stop - rows.start
-        if work is None or count != work.rows:
-            work = (_Wide if wide else _Narrow)(count, z)
-        yield rows, work
+def _by_blocks(
+    z: Float[Tensor, "b k"], epsilon: float, law: Callable[[slice, "_Narrow | _Wide"], None]
+) -> None:
+    """Call ``law`` with blocks of rows and buffers, on the CPU by as many threads as torch has."""
+    n, k = z.shape
+    on_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
+    size = max(1, (BLOCK_ELEMENTS if on_cpu else DEVICE_ELEMENTS) // k)
+    starts = range(0, n, size)
+    # less work for each call; a mode belongs to a thread
+    inference = on_cpu or torch.is_inference_mode_enabled()
+
+    def work(starts: Iterator[int]) -> None:
+        buffers = None  # shared by the blocks: fresh memory would cost more than the arithmetic
+        with torch.inference_mode(inference):
+            for start in starts:
+                rows = slice(start, min(start + size, n))
+                count = rows.stop - start
+                if buffers is None or count != buffers.rows:
+                    buffers = (_Wide if k >= WIDE else _Narrow)(count, z, epsilon)
+                law(rows, buffers)
+
+    if not on_cpu:
+        work(iter(starts))
+        return
+    workers = min(torch.get_num_threads(), n * k // WORKER_ELEMENTS)
+    with one_thread():
+        share_out(starts, workers, work)
 
 
-class _Narrow:
-    """Buffers for few classes, which run along the first axis so that every operation is long."""
+class _Buffers:
+    """Memory for blocks of ``rows`` rows, and the steps that fill it from ``z - max z``.
 
-    def __init__(self, rows: int, like: Tensor) -> None:
+    Steps work on the same memory for every block, so that each is a call made ready once.
+    """
+
+    axis: ClassVar[int]
+    """Of the classes."""
+
+    def __init__(self, rows: int, shape: tuple[int, int], like: Tensor, epsilon: float) -> None:
         self.rows = rows
-        self.tables = _tables(like.dtype, False, str(like.device))
-        shape = (like.shape[1], rows)
-        self.gap, self.factor = like.new_empty(shape), like.new_empty(shape)
-        self.basis = like.new_empty((len(self.tables.signs), *shape))
-        self.basis[0] = 1
+        classes = like.shape[1]
+        tables = self.tables = _tables(like.dtype, classes >= WIDE, str(like.device))
+        count, nodes = tables.log_g.shape
+        self.gap = like.new_empty(shape)
+        self.moments, self.weights = like.new_empty((2, rows, count)).unbind()
+        self.products = like.new_empty((rows, nodes))
+        self.steps: list[Callable[[], object]] = []
 
-    def expand(self, z: Float[Tensor, "b k"], epsilon: float) -> tuple[Tensor, Tensor, int]:
-        """``z - max z`` and ``c exp(u²/4)``, classes along axis 0."""
-        basis, signs = self.basis, self.tables.signs
-        torch.sub(z.t(), z.amax(dim=1), out=self.gap)
-        t = _variable(self.gap, epsilon, basis[1], self.tables)
-        for r in range(2, len(signs)):
-            torch.addcmul(basis[r - 2], t, basis[r - 1], value=signs[r], out=basis[r])
-        coefficients = _coefficients(basis.sum(dim=1), self.tables).unsqueeze(1)
-        torch.mul(t, coefficients[1], out=self.factor).add_(coefficients[0])
-        for r in range(2, len(signs)):
-            self.factor.addcmul_(basis[r], coefficients[r])
-        return self.gap, self.factor.clamp_(min=FLOOR[z.dtype]), 0
+    def variable(self, ones: Tensor, out: Tensor, epsilon: float) -> None:
+        """Steps to t(gap/epsilon) in [-1, 1]."""
+        tables, gap = self.tables, self.gap
+        # numbers of torch: others would be wrapped anew each time
+        lowest, bend = (gap.new_tensor(u * epsilon) for u in (tables.lowest, tables.bend))
+        # a row, as torch's vectorised loop takes no single number here
+        end = gap.new_full((1, gap.shape[1]), 1 - tables.stretch)
+        scale = -tables.stretch * tables.bend * epsilon
+        self.steps += [
+            partial(torch.clamp, gap, min=lowest, out=out),
+            partial(torch.sub, out, bend, out=out),
+            partial(torch.addcdiv, end, ones, out, value=scale, out=out),
+        ]
+
+    def sums_over_nodes(self, classes: int) -> None:
+        """Steps from the polynomials' sums over classes to Σ B G/Φ: ``moments`` to ``weights``."""
+        tables, products = self.tables, self.products
+        # an equal share of -ln Φ(x) for each class goes where the constant polynomial is
+        log_g = tables.log_g.clone()
+        log_g[tables.constant] -= tables.log_first / classes
+        lowest = NEGLIGIBLE[products.dtype]
+        self.steps += [
+            partial(torch.mm, self.moments, log_g, out=products),
+            partial(torch.clamp, products, min=lowest, out=products),
+            partial(torch.exp, products, out=products),
+            partial(torch.mm, products, tables.weights, out=self.weights),
+        ]
 
 
-class _Wide:
-    """Buffers for many classes, where small matrix products take the sums."""
+class _Narrow(_Buffers):
+    """Few classes run along the first axis so that every operation is long."""
 
-    def __init__(self, rows: int, like: Tensor) -> None:
-        self.rows = rows
-        self.tables = _tables(like.dtype, True, str(like.device))
-        self.inner = self.tables.inner
-        self.outer = len(self.tables.signs) // self.inner
+    axis = 0
+
+    def __init__(self, rows: int, like: Tensor, epsilon: float) -> None:
         k = like.shape[1]
-        # polynomials lie one after the other, so that each step of a recurrence is one long loop;
-        # the matrix products take them per row by their strides
-        self.gap = like.new_empty((rows, k))
-        self.first = like.new_empty((self.inner, rows, k))
-        self.second = like.new_empty((self.outer, rows, k))
-        self.partial = like.new_empty((rows, self.inner, k))
-        self.first[0] = self.second[0] = 1
+        super().__init__(rows, (k, rows), like, epsilon)
+        basis = like.new_empty((self.moments.shape[1], k, rows))
+        basis[0] = 1
+        made, factor = list(basis), like.new_empty((k, rows))
+        self.variable(made[0], made[1], epsilon)
+        self.steps.append(partial(_fill_by_recurrence, made))
+        sums = like.new_empty((len(made), rows))
+        self.steps += [
+            partial(torch.sum, basis, dim=1, out=sums),
+            partial(self.moments.copy_, sums.t()),
+        ]
+        self.sums_over_nodes(k)
+        weights = like.new_empty((len(made), 1, rows))
+        self.steps += [
+            partial(weights.copy_, self.weights.t().unsqueeze(1)),
+            partial(torch.mul, made[1], weights[1], out=factor),
+            partial(factor.add_, weights[0]),
+        ]
+        self.steps += [partial(factor.addcmul_, made[r], weights[r]) for r in range(2, len(made))]
+        self.steps.append(partial(factor.clamp_, min=FLOOR[like.dtype]))
+        self.factor = factor
 
-    def expand(self, z: Float[Tensor, "b k"], epsilon: float) -> tuple[Tensor, Tensor, int]:
-        """``z - max z`` and ``c exp(u²/4)``, classes along axis 1."""
-        first, second = self.first, self.second
-        signs = self.tables.signs
-        torch.sub(z, z.amax(dim=1, keepdim=True), out=self.gap)
-        t = _variable(self.gap, epsilon, first[1], self.tables)
-        for r in range(2, self.inner + 1):
-            out = second[1] if r == self.inner else first[r]
-            torch.addcmul(first[r - 2], t, first[r - 1], value=signs[r], out=out)
-        for r in range(2, self.outer):
-            torch.addcmul(second[r - 2], second[1], second[r - 1], value=signs[r], out=second[r])
+    def expand(self, z: Float[Tensor, "b k"]) -> Float[Tensor, "k b"]:
+        """``c exp(u²/4)``; :attr:`gap` becomes ``z - max z``."""
+        torch.sub(z.t(), z.amax(dim=1), out=self.gap)
+        for step in self.steps:
+            step()
+        return self.factor
+
+
+class _Wide(_Buffers):
+    """For many classes, small matrix products take the sums."""
+
+    axis = 1
+
+    def __init__(self, rows: int, like: Tensor, epsilon: float) -> None:
+        k = like.shape[1]
+        super().__init__(rows, (rows, k), like, epsilon)
+        inner = self.tables.inner
+        shape = (rows, inner, self.moments.shape[1] // inner)
+        # polynomials lie one after the other, so that each step is one long loop; the matrix products
+        # take them per row by their strides. Both kinds share the constant one
+        polynomials = like.new_empty((sum(shape[1:]) - 1, rows, k))
+        polynomials[inner - 1] = 1
+        falling, second = polynomials[:inner], polynomials[inner - 1 :]
+        first = [*list(falling)[::-1], second[1]]  # the last is T_m
+        parts = like.new_empty((inner, rows, k))
         by_row = second.transpose(0, 1)
-        moments = _products(first.transpose(0, 1), by_row.transpose(1, 2)).flatten(1)
-        coefficients = _coefficients(moments.t(), self.tables).t().contiguous()
-        shape = (self.rows, self.inner, self.outer)
-        _products(coefficients.reshape(shape), by_row, out=self.partial)
-        factor = self.partial[:, 0]  # P_0 is 1
-        for a in range(1, self.inner):
-            factor.addcmul_(first[a], self.partial[:, a])
-        return self.gap, factor.clamp_(min=FLOOR[z.dtype]), 1
+        one = like.new_ones(())
+        self.variable(first[0], first[1], epsilon)
+        self.steps += [
+            *_fill_by_products(first, one),
+            *_fill_by_products(list(second), one),
+            _products(falling.transpose(0, 1), by_row.transpose(1, 2), self.moments.view(shape)),
+        ]
+        self.sums_over_nodes(k)
+        self.steps += [
+            _products(self.weights.view(shape), by_row, parts.transpose(0, 1)),
+            *_sum_by_halves(parts, first),
+        ]
+        self.factor = parts[0]
+        self.steps.append(partial(self.factor.clamp_, min=FLOOR[like.dtype]))
+
+    def expand(self, z: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+        """``c exp(u²/4)``; :attr:`gap` becomes ``z - max z``."""
+        torch.sub(z, z.amax(dim=1, keepdim=True), out=self.gap)
+        for step in self.steps:
+            step()
+        return self.factor
 
 
-def _products(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``torch.bmm``; NumPy takes products of such small matrices in a third of the time, but on one
-    thread."""
-    if a.device.type != "cpu" or torch.get_num_threads() > 2 or torch.compiler.is_compiling():
-        return torch.bmm(a, b, out=out)
-    made = np.matmul(a.numpy(), b.numpy(), out=None if out is None else out.numpy())
-    return torch.from_numpy(made)
+def _sum_by_halves(parts: Tensor, made: list[Tensor]) -> list[Callable[[], object]]:
+    """Steps to ``Σ_a P_a parts_a`` in ``parts[0]``, where P_a is as :func:`_fill_by_products` makes it
+    and the number of parts a power of 2."""
+    steps, half = [], len(parts) // 2
+    while half:
+        left, right = parts[:half], parts[half : 2 * half]
+        steps.append(partial(torch.addcmul, left, made[half], right, out=left))
+        half //= 2
+    return steps
 
 
-def _variable(gap: Tensor, epsilon: float, out: Tensor, tables: _Tables) -> Tensor:
-    """The variable t(gap/epsilon) in [-1, 1] of the polynomials."""
-    depth, bend = -tables.lowest, tables.bend
-    scale = 2 * (depth + bend) / depth
-    torch.clamp(gap, min=tables.lowest * epsilon, out=out).sub_(bend * epsilon).reciprocal_()
-    first = gap.new_tensor(1 - scale)
-    return torch.add(first, out, alpha=-scale * bend * epsilon, out=out)
-
-
-def _coefficients(moments: Float[Tensor, "r b"], tables: _Tables) -> Float[Tensor, "r b"]:
-    """Sums over nodes of B G/Φ for each row, from the sums over classes of the polynomials."""
-    products = torch.addmm(tables.log_first, tables.log_g, moments, beta=-1).exp_()
-    return tables.weights @ products
+def _products(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:
+    """A step that takes the products of many small matrices, on the CPU with NumPy, which needs a
+    third of ``torch.bmm``'s time."""
+    if a.device.type == "cpu" and not torch.compiler.is_compiling():
+        return partial(np.matmul, a.numpy(), b.numpy(), out=out.numpy())
+    return partial(torch.bmm, a, b, out=out)

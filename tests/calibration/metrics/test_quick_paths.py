@@ -1,7 +1,6 @@
 """Quick paths for large CPU inputs against the plain ones: first reading, histogram, integer sort."""
 
 import math
-import threading
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 from diffcal.calibration.metrics import binning, inputs, row_exponentials, row_reading
 from diffcal.calibration.metrics.inputs import Confidences, Predictions
 from diffcal.calibration.metrics.profile import sort_with_order, sort_with_outcome
+from diffcal.core import workers
 from diffcal.errors import DataError
 
 
@@ -62,13 +62,13 @@ def small_blocks(monkeypatch):
 @pytest.fixture
 def pools(monkeypatch):
     """Numbers of threads beside the calling one, of every pool that was opened."""
-    opened, pool = [], row_reading.ThreadPoolExecutor
+    opened, pool = [], workers.ThreadPoolExecutor
 
-    def recorded(workers):
-        opened.append(workers)
-        return pool(workers)
+    def recorded(count):
+        opened.append(count)
+        return pool(count)
 
-    monkeypatch.setattr(row_reading, "ThreadPoolExecutor", recorded)
+    monkeypatch.setattr(workers, "ThreadPoolExecutor", recorded)
     return opened
 
 
@@ -126,24 +126,6 @@ def test_errors_of_late_rows_are_clear_with_threads(set_threads, pools, k, kind)
     with pytest.raises(DataError, match=f"{kind} hold NaN .* the first is row 499"):
         Predictions(**{kind: values}, labels=y)
     assert pools == [2]
-
-
-@pytest.mark.usefixtures("small_blocks")
-def test_an_error_in_another_thread_is_raised(set_threads):
-    set_threads(2)
-    other_began, here = threading.Event(), threading.current_thread()
-
-    def take(rows, values):
-        if threading.current_thread() is here:
-            assert other_began.wait(60)
-            return
-        other_began.set()
-        raise RuntimeError(f"rows from {rows.start}")
-
-    z, y = torch.randn(507, 7), torch.zeros(507, dtype=torch.int64)
-    options = {"logits": True, "with_scores": False, "eps": 0.0, "sum_tolerance": 1e-3}
-    with pytest.raises(RuntimeError, match=r"rows from \d+"):
-        row_reading.read_rows(z, y, **options, take=take)
 
 
 EXPONENTIALS = [(np.exp2, np.float32(1 / math.log(2))), (np.exp, None)]

@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from scipy.special import log_ndtr
 from torch import nn
 
-from diffcal.calibration.posthoc import consistency_exact
+from diffcal.calibration.posthoc import consistency_exact, consistency_gaussian
 from diffcal.calibration.posthoc.consistency import ConsistencyCalibration
 from diffcal.calibration.posthoc.consistency_exact import exact_consistency, uniform_consistency
-from diffcal.calibration.posthoc.consistency_gaussian import gaussian_log_consistency
+from diffcal.calibration.posthoc.consistency_gaussian import (
+    gaussian_consistency,
+    gaussian_log_consistency,
+)
 from diffcal.calibration.posthoc.consistency_sampling import sampled_consistency
 from diffcal.calibration.posthoc.feature_consistency import (
     FeatureConsistency,
@@ -302,3 +305,46 @@ def test_uniform_noise_in_single_precision_agrees_with_double(k):
         assert single.dtype == torch.float32
         assert (single - double).abs().max() < 3e-7
         assert torch.equal(single[double == 0], torch.zeros_like(single[double == 0]))
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0, 10.0])
+def test_many_classes_in_single_precision(spread):
+    z = rows(16, 1000, spread)
+    z[0], z[1, 10:] = 0, -6  # none ahead; ten ahead of all others
+    exact = exact_consistency(z, 1.0)
+    single = exact_consistency(z.float(), 1.0).double()
+    torch.testing.assert_close(single, exact, rtol=0, atol=4e-5)
+    likely = exact > 1e-6
+    torch.testing.assert_close(single[likely], exact[likely], rtol=3e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [10, 100])
+def test_threads_and_modes_change_no_bit(monkeypatch, dtype, k):
+    monkeypatch.setattr(consistency_gaussian, "BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr(consistency_gaussian, "WORKER_ELEMENTS", 1)
+    z = rows(203, k, 3.0).to(dtype)
+    before = torch.get_num_threads()
+    seen = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            seen.append(exact_consistency(z, 2.0))
+            with torch.inference_mode():
+                seen.append(exact_consistency(z, 2.0))
+                seen.append(exact_consistency(z.clone(), 2.0))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for made in seen[1:]:
+        assert torch.equal(made, seen[0])
+    assert not seen[0].is_inference()
+
+
+@pytest.mark.parametrize("k", [2, 10, 100])
+def test_gaussian_law_into_given_memory(k):
+    z = rows(30, k, 2.0)
+    expected = gaussian_consistency(z, 1.5)
+    for out in (torch.empty(k, 30, dtype=torch.float64).t(), torch.empty(30, k).bfloat16()):
+        assert gaussian_consistency(z, 1.5, out=out) is out
+        torch.testing.assert_close(out, expected.to(out.dtype), rtol=0, atol=0)
