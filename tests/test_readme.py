@@ -82,6 +82,9 @@ def test_speed_figures():
     text = " ".join(README.split())
     assert "it takes {:.1f} and {:.1f} times our time".format(*one) in text
     assert "and {:.1f} and {:.1f} by the clock on two cores".format(*both) in text
+    name = "netcal_over_ours_from_logits"
+    both = [two[size]["ratios"][name]["clock"] for size in sizes.values()]
+    assert "from logits {:.1f} and {:.1f} ([metrics_speed_two_cores".format(*both) in text
     kernel = json.loads((ROOT / "benchmarks/attribution_kernel.json").read_text("utf-8"))
     assert f"{kernel['kernel']['seconds']:.0f} s on two cores" in README
     gradients = json.loads((ROOT / "benchmarks/gradient_speed.json").read_text("utf-8"))
