@@ -30,7 +30,8 @@ BLOCK_ELEMENTS = 1 << 16
 """Entries of a float64 block: 512 KiB, half of a usual second-level cache."""
 
 FEW_ELEMENTS = 3 << 15
-"""The same for few classes, whose blocks take more calls: fewer calls leave the other threads alone."""
+"""The same for few classes, whose blocks take more calls, and for probabilities that are only compared
+and need no second block: fewer calls leave the other threads alone."""
 
 MANY_ELEMENTS = 1 << 21
 """Entries of the rows of many classes whose numbers are finished together."""
@@ -70,9 +71,9 @@ def read_rows(
     y = labels.numpy()
     few = k < FEW_CLASSES
     single = scores.dtype != torch.float64 and not few
-    elements = FEW_ELEMENTS if few else BLOCK_ELEMENTS * (2 if single else 1)
-    block_size = max(1, elements // k)
     together = single if logits else not (few or with_scores)
+    elements = FEW_ELEMENTS if few or (together and not logits) else BLOCK_ELEMENTS
+    block_size = max(1, elements * (2 if single else 1) // k)
     size = max(block_size, MANY_ELEMENTS // k) if together else block_size
 
     block_of = _block_reader(scores)

@@ -41,7 +41,7 @@ WIDE = 48
 """Classes from which matrix products take the sums; with fewer, classes run along the first axis, so
 that every operation is a long one."""
 
-BLOCK_ELEMENTS = 3 << 14
+BLOCK_ELEMENTS = 1 << 16
 """Entries of a block on the CPU: small enough for the cache, large enough to hide the cost of calls.
 Blocks are shared among threads, each of which takes its steps alone."""
 
