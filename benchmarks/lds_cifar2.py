@@ -5,10 +5,10 @@
     python benchmarks/lds_cifar2.py judge --out runs/lds-cifar2        # needs both
 
 ``--set-up trained`` has fewer images, a smaller network and ten times the epochs, ``confirm`` the same
-with other images and half the steps. The files are CIFAR-10
-as Parquet (columns ``image`` and ``label``). Every stage resumes.
-``lds_cifar2_confirm`` keeps the attributed model, its generated queries and the losses of all subset models of
-that run: copy it to the output folder, and ``base``, ``features`` and ``judge`` judge a new method within minutes.
+with other images and half the steps. The files are CIFAR-10 as Parquet (columns ``image`` and
+``label``). Every stage resumes. ``lds_cifar2_confirm`` keeps the attributed model, its generated
+queries and the losses of all subset models of that run: copy it to the output folder, and ``base``,
+``features`` and ``judge`` judge a new method within minutes.
 """
 
 import argparse
