@@ -258,7 +258,7 @@ def test_methods_by_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["index", "--preset", "digit"], "unknown preset 'digit'; known: das, das-official"),
+        (["index", "--preset", "digit"], "unknown preset 'digit'; known: das, das-stacked"),
         (["index", "--set", "method=datamodels"], "unknown method 'datamodels': use das"),
         (["index", "--set", "features.timestep=3"], "did you mean 'timesteps'"),
         (["index", "--model", "nowhere"], "checkpoint 'nowhere' is missing"),
