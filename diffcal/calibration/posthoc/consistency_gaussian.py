@@ -9,8 +9,9 @@ costs a hundred transcendental functions per logit. Both dependences on u are sm
 expanded in Chebyshev polynomials T_r of a variable t(u) instead:
 
     ln G(x_q) = Σ_r A_qr Σ_j T_r(t_j),
-    c_k = exp(-u_k²/4) Σ_r T_r(t_k) Σ_q B_qr G(x_q)/Φ(x_q).
+    c_k = exp(-u_k²/4) Σ_r T_r(t_k) Σ_q B_qr G(x_q)/Φ(x_q),
 
+with fewer r in the second line, as errors of the first one add up over the classes.
 What remains per logit are the T_r, by a recurrence of one multiply-add each; nodes cost only per
 row. For many classes the T_r are spanned by products P_a(t) P_b(T_m(t)) of a few (m = 4: four times
 five of them make twenty), so that both sums are small matrix products. The tables A and B are made
@@ -41,9 +42,9 @@ WIDE = 48
 """Classes from which matrix products take the sums; with fewer, classes run along the first axis, so
 that every operation is a long one."""
 
-BLOCK_ELEMENTS = 1 << 16
-"""Entries of a block on the CPU: small enough for the cache, large enough to hide the cost of calls.
-Blocks are shared among threads, each of which takes its steps alone."""
+ALONE_ELEMENTS, SHARED_ELEMENTS = 3 << 13, 1 << 16
+"""Entries of a block on the CPU. One thread takes what fits its cache best; several, which wait for
+each other in every call, take longer steps. Each thread takes its blocks alone."""
 
 WORKER_ELEMENTS = 1 << 17
 """Entries that pay for a thread."""
@@ -77,21 +78,21 @@ class _Tables:
     constant: int
     """r of the polynomial that is 1."""
     log_first: Float[Tensor, " q"]
-    weights: Float[Tensor, "q r"]
+    weights: Float[Tensor, "q s"]
 
 
-# step, first and last node, lowest u, polynomials, bend, inner; many classes have a narrow G'
+# step, first and last node, lowest u, bend, polynomials of A and B, inner; many classes have a narrow G'
 SETTINGS = {
-    (torch.float32, False): (0.4, -6.4, 6.8, 10.0, 20, 8.0, 4),
-    (torch.float32, True): (0.25, -6.5, 7.0, 9.15, 20, 16.0, 4),
-    (torch.float64, False): (0.25, -8.5, 8.5, 14.0, 48, 12.0, 8),
-    (torch.float64, True): (0.125, -8.5, 9.0, 14.0, 48, 12.0, 8),
+    (torch.float32, False): (0.4, -6.4, 6.8, 10.0, 8.0, 20, 20, 1),
+    (torch.float32, True): (0.25, -6.5, 7.0, 9.0, 16.0, 20, 16, 4),
+    (torch.float64, False): (0.25, -8.5, 8.5, 14.0, 12.0, 48, 48, 1),
+    (torch.float64, True): (0.125, -8.5, 9.0, 14.0, 12.0, 48, 48, 8),
 }
 
 
 @lru_cache(maxsize=16)
 def _tables(dtype: torch.dtype, many: bool, device: str) -> _Tables:
-    step, first, last, depth, count, bend, inner = SETTINGS[dtype, many]
+    step, first, last, depth, bend, count, fewer, inner = SETTINGS[dtype, many]
     x = np.arange(first, last + step / 2, step)[:, None]
     points = 4 * count
     angle = np.pi * (np.arange(points) + 0.5) / points
@@ -101,13 +102,9 @@ def _tables(dtype: torch.dtype, many: bool, device: str) -> _Tables:
     log_g = log_ndtr(x - u)
     log_phi = -0.5 * (x - u) ** 2 - 0.5 * math.log(2 * math.pi)
     kernel = step * np.exp(log_phi + u**2 / 4 - log_g + log_ndtr(x))
-    basis = np.cos(np.arange(count)[:, None] * angle) * (2 / points)
-    basis[0] /= 2
-    made = _basis(torch.from_numpy(np.cos(angle)), count, inner if many else None).numpy()
-    change = np.linalg.inv(made @ basis.T)  # from coefficients in T_r to coefficients in `made`
-    log_table, kernel_table = (values @ basis.T @ change for values in (log_g, kernel))
-    if many:  # the sums over classes come with falling a, those over nodes are taken with rising a
-        kernel_table = kernel_table.reshape(len(x), inner, -1)[:, ::-1].reshape(len(x), count)
+    # sums over classes come with falling a, those over nodes are taken with rising a
+    summed = _basis(angle, count, inner).reshape(inner, -1, points)[::-1].reshape(count, points)
+    taken = _basis(angle, fewer, inner)
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.tensor(np.ascontiguousarray(values), dtype=dtype, device=device)
@@ -117,31 +114,39 @@ def _tables(dtype: torch.dtype, many: bool, device: str) -> _Tables:
         bend=bend,
         stretch=stretch,
         inner=inner,
-        log_g=tensor(log_table.T),
-        constant=count // inner * (inner - 1) if many else 0,
+        log_g=tensor(_expanded(log_g, summed, angle).T),
+        constant=count // inner * (inner - 1),
         log_first=tensor(log_ndtr(x)[:, 0]),
-        weights=tensor(kernel_table),
+        weights=tensor(_expanded(kernel, taken, angle)),
     )
 
 
-def _basis(t: Float[Tensor, " p"], count: int, inner: int | None) -> Float[Tensor, "r p"]:
-    """The polynomials that :class:`_Narrow` and, with ``inner``, :class:`_Wide` make of t."""
+def _expanded(values: np.ndarray, made: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    """Coefficients ``[q, r]`` of functions ``[q, points]`` in the polynomials ``[r, points]``."""
+    basis = np.cos(np.arange(len(made))[:, None] * angle) * (2 / len(angle))
+    basis[0] /= 2
+    return values @ basis.T @ np.linalg.inv(made @ basis.T)
 
-    def started(x: Tensor, size: int) -> list[Tensor]:
-        return [torch.ones_like(x), x, *(torch.empty_like(x) for _ in range(size - 2))]
+
+def _basis(angle: np.ndarray, count: int, inner: int) -> np.ndarray:
+    """The polynomials ``[r, points]`` that the buffers make of ``t = cos(angle)``, with rising a."""
+
+    def started(t: Tensor, size: int) -> list[Tensor]:
+        return [torch.ones_like(t), t, *(torch.empty_like(t) for _ in range(size - 2))]
 
     def filled(made: list[Tensor]) -> list[Tensor]:
         for step in _fill_by_products(made, made[0]):
             step()
         return made
 
-    if inner is None:
+    t = torch.from_numpy(np.cos(angle))
+    if inner == 1:
         made = started(t, count)
         _fill_by_recurrence(made)
-        return torch.stack(made)
+        return torch.stack(made).numpy()
     *first, outer = filled(started(t, inner + 1))
     second = filled(started(outer, count // inner))
-    return (torch.stack(first[::-1])[:, None] * torch.stack(second)).flatten(0, 1)
+    return (torch.stack(first)[:, None] * torch.stack(second)).flatten(0, 1).numpy()
 
 
 def _fill_by_recurrence(made: list[Tensor]) -> None:
@@ -221,7 +226,9 @@ def _by_blocks(
     """Call ``law`` with blocks of rows and buffers, on the CPU by as many threads as torch has."""
     n, k = z.shape
     on_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
-    size = max(1, (BLOCK_ELEMENTS if on_cpu else DEVICE_ELEMENTS) // k)
+    workers = min(torch.get_num_threads(), n * k // WORKER_ELEMENTS) if on_cpu else 1
+    elements = SHARED_ELEMENTS if workers > 1 else ALONE_ELEMENTS
+    size = max(1, (elements if on_cpu else DEVICE_ELEMENTS) // k)
     starts = range(0, n, size)
     # less work for each call; a mode belongs to a thread
     inference = on_cpu or torch.is_inference_mode_enabled()
@@ -239,7 +246,6 @@ def _by_blocks(
     if not on_cpu:
         work(iter(starts))
         return
-    workers = min(torch.get_num_threads(), n * k // WORKER_ELEMENTS)
     with one_thread():
         share_out(starts, workers, work)
 
@@ -258,8 +264,9 @@ class _Buffers:
         classes = like.shape[1]
         tables = self.tables = _tables(like.dtype, classes >= WIDE, str(like.device))
         count, nodes = tables.log_g.shape
+        fewer = tables.weights.shape[1]
         self.gap = like.new_empty(shape)
-        self.moments, self.weights = like.new_empty((2, rows, count)).unbind()
+        self.moments, self.weights = like.new_empty((rows, count)), like.new_empty((rows, fewer))
         self.products = like.new_empty((rows, nodes))
         self.steps: list[Callable[[], object]] = []
 
@@ -311,13 +318,14 @@ class _Narrow(_Buffers):
             partial(self.moments.copy_, sums.t()),
         ]
         self.sums_over_nodes(k)
-        weights = like.new_empty((len(made), 1, rows))
+        weights = like.new_empty((self.weights.shape[1], 1, rows))
         self.steps += [
             partial(weights.copy_, self.weights.t().unsqueeze(1)),
             partial(torch.mul, made[1], weights[1], out=factor),
             partial(factor.add_, weights[0]),
         ]
-        self.steps += [partial(factor.addcmul_, made[r], weights[r]) for r in range(2, len(made))]
+        pairs = zip(made[2:], weights[2:], strict=False)
+        self.steps += [partial(factor.addcmul_, *pair) for pair in pairs]
         self.steps.append(partial(factor.clamp_, min=FLOOR[like.dtype]))
         self.factor = factor
 
@@ -338,25 +346,32 @@ class _Wide(_Buffers):
         k = like.shape[1]
         super().__init__(rows, (rows, k), like, epsilon)
         inner = self.tables.inner
-        shape = (rows, inner, self.moments.shape[1] // inner)
+        outer, fewer = (table.shape[1] // inner for table in (self.moments, self.weights))
         # polynomials lie one after the other, so that each step is one long loop; the matrix products
-        # take them per row by their strides. Both kinds share the constant one
-        polynomials = like.new_empty((sum(shape[1:]) - 1, rows, k))
-        polynomials[inner - 1] = 1
-        falling, second = polynomials[:inner], polynomials[inner - 1 :]
+        # take them per row by their strides. Both kinds share the constant one, and the parts lie over
+        # those that only the first sum takes
+        end = inner - 1 + fewer
+        memory = like.new_empty((end + max(inner, outer - fewer), rows, k))
+        falling, second, parts = memory[:inner], memory[inner - 1 :][:outer], memory[end:][:inner]
+        memory[inner - 1] = 1
         first = [*list(falling)[::-1], second[1]]  # the last is T_m
-        parts = like.new_empty((inner, rows, k))
         by_row = second.transpose(0, 1)
         one = like.new_ones(())
         self.variable(first[0], first[1], epsilon)
         self.steps += [
             *_fill_by_products(first, one),
             *_fill_by_products(list(second), one),
-            _products(falling.transpose(0, 1), by_row.transpose(1, 2), self.moments.view(shape)),
+            _products(
+                falling.transpose(0, 1),
+                by_row.transpose(1, 2),
+                self.moments.view(rows, inner, outer),
+            ),
         ]
         self.sums_over_nodes(k)
         self.steps += [
-            _products(self.weights.view(shape), by_row, parts.transpose(0, 1)),
+            _products(
+                self.weights.view(rows, inner, fewer), by_row[:, :fewer], parts.transpose(0, 1)
+            ),
             *_sum_by_halves(parts, first),
         ]
         self.factor = parts[0]
