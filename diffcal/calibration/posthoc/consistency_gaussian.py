@@ -42,9 +42,9 @@ WIDE = 48
 """Classes from which matrix products take the sums; with fewer, classes run along the first axis, so
 that every operation is a long one."""
 
-ALONE_ELEMENTS, SHARED_ELEMENTS = 3 << 13, 1 << 16
-"""Entries of a block on the CPU. One thread takes what fits its cache best; several, which wait for
-each other in every call, take longer steps. Each thread takes its blocks alone."""
+BLOCK_ELEMENTS = 1 << 16
+"""Entries of a block on the CPU: small enough for the cache, large enough to hide the cost of calls.
+Blocks are shared among threads, each of which takes its own alone."""
 
 WORKER_ELEMENTS = 1 << 17
 """Entries that pay for a thread."""
@@ -227,8 +227,7 @@ def _by_blocks(
     n, k = z.shape
     on_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
     workers = min(torch.get_num_threads(), n * k // WORKER_ELEMENTS) if on_cpu else 1
-    elements = SHARED_ELEMENTS if workers > 1 else ALONE_ELEMENTS
-    size = max(1, (elements if on_cpu else DEVICE_ELEMENTS) // k)
+    size = max(1, (BLOCK_ELEMENTS if on_cpu else DEVICE_ELEMENTS) // k)
     starts = range(0, n, size)
     # less work for each call; a mode belongs to a thread
     inference = on_cpu or torch.is_inference_mode_enabled()
