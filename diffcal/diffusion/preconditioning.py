@@ -126,7 +126,7 @@ class Preconditioner(nn.Module):
         exact = self.model.map_layer0.weight.dtype == torch.float64  # type: ignore[union-attr]
         state = torch.float64 if exact else torch.float32
         x = x.to(state)
-        sigma = torch.as_tensor(sigma, device=x.device).to(state).reshape(-1, 1, 1, 1)
+        sigma = torch.as_tensor(sigma, dtype=state, device=x.device).reshape(-1, 1, 1, 1)
         labels = None
         if self.label_dim:
             if class_labels is None:
