@@ -43,51 +43,37 @@ _TRAK_SCORES: dict[str, Any] = {
     "damping_grid": OFFICIAL_DAMPINGS,
 }
 
+_DAS_FEATURES: dict[str, Any] = {
+    "functional": "mean",
+    "timesteps": 10,
+    "strategy": "uniform",
+    "noise": "shared",
+    "noise_seed": 0,
+    "normalise": True,
+    "projection": {"kind": "sjlt", "dim": 4096, "seed": 0},
+}
+
+_DAS_SCORES: dict[str, Any] = {
+    "method": "kernel",
+    "norm": "none",
+    "residual": "none",
+    "leverage": False,
+    "readout": "square",
+    "damping": 0.1,
+    "damping_rule": "relative",
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # diffcal's default: DAS with common random numbers, a sparse sketch and a relative damping.
-    "das": {
-        "features": {
-            "functional": "mean",
-            "timesteps": 10,
-            "strategy": "uniform",
-            "noise": "shared",
-            "noise_seed": 0,
-            "normalise": True,
-            "projection": {"kind": "sjlt", "dim": 4096, "seed": 0},
-        },
-        "scores": {
-            "method": "kernel",
-            "norm": "none",
-            "residual": "none",
-            "leverage": False,
-            "readout": "square",
-            "damping": 0.1,
-            "damping_rule": "relative",
-        },
-        **_FINAL,
-    },
+    "das": {"features": _DAS_FEATURES, "scores": _DAS_SCORES, **_FINAL},
     # The same with random signs of the output and timesteps side by side: the kernel of all outputs. It
     # gains with every timestep. The best damping differs between digits (0.3 to 1) and photographs (10
     # and more), so choose it by das lds (benchmarks/PROTOCOL.md, third run on CIFAR-2).
     "das-stacked": {
-        "features": {
-            "functional": "random-signs",
-            "timesteps": 10,
-            "strategy": "uniform",
-            "noise": "shared",
-            "noise_seed": 0,
-            "normalise": True,
-            "combine": "stack",
-            "projection": {"kind": "sjlt", "dim": 4096, "seed": 0},
-        },
+        "features": {**_DAS_FEATURES, "functional": "random-signs", "combine": "stack"},
         "scores": {
-            "method": "kernel",
-            "norm": "none",
-            "residual": "none",
-            "leverage": False,
-            "readout": "square",
+            **_DAS_SCORES,
             "damping": 1.0,
-            "damping_rule": "relative",
             "damping_grid": (*RELATIVE_DAMPINGS, 100.0),
         },
         **_FINAL,

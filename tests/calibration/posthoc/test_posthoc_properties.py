@@ -254,9 +254,8 @@ def test_rows_of_a_list_or_a_data_frame_give_an_array(fitted):
     made = fitted["temperature"]
     expected = made.predict_proba(Z.double().numpy())
     for given in (Z.tolist(), pandas.DataFrame(Z.double().numpy())):
-        probs = made._map(
-            given, None, made._write_probs
-        )  # below the annotation, which the tests check
+        # below the annotation, which the tests check
+        probs = made._map(given, None, made._write_probs)
         assert isinstance(probs, np.ndarray)
         np.testing.assert_array_equal(probs, expected)
 
