@@ -170,6 +170,7 @@ def class_heat_map(
     names = class_names or [str(index) for index in range(predictions.classes)]
     with plot_style():
         from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.ticker import MaxNLocator
 
         rows = len(order)
         figure = new_figure(6.4, 1.5 + 0.23 * rows)
@@ -194,7 +195,14 @@ def class_heat_map(
         right.set_xlabel("class-wise ECE (%)")
         right.tick_params(labelleft=False)
         soften(right, "x")
-        bar = figure.colorbar(image, ax=[left, right], location="bottom", shrink=0.55, aspect=38)
+        bar = figure.colorbar(
+            image,
+            ax=[left, right],
+            location="bottom",
+            shrink=0.55,
+            aspect=38,
+            ticks=MaxNLocator(5),  # more do not fit beside one another
+        )
         bar.set_label("probability − frequency   (red: over-confident)")
         bar.outline.set_visible(False)  # type: ignore[operator]
         return figure

@@ -1,5 +1,7 @@
 """Figures: what they draw for ordinary, soft, tiny and extreme data; same data, same bytes."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -156,3 +158,18 @@ def test_smooth_curve_of_a_known_accuracy():
     assert bool((curve.low[inner] <= curve.accuracy[inner] + 0.01).all())
     total = torch.trapezoid(curve.density, curve.grid)
     assert float(total) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("gap", [0.05, 0.07, 0.09, 0.111, 0.2, 0.45])
+def test_the_numbers_of_the_heat_map_s_scale_stand_apart(gap):
+    """Between two of them at least about a letter is free."""
+    first = torch.full((40,), 1 - gap, dtype=torch.float64)
+    probs = torch.stack([first, 1 - first], dim=1)
+    figure = plots.class_heat_map(Predictions(probs=probs, labels=torch.zeros(40).long()))
+    figure.canvas.draw()
+    scale = figure.axes[-1]
+    boxes = [label.get_window_extent() for label in scale.get_xticklabels() if label.get_text()]
+    boxes = sorted((box.x0, box.x1) for box in boxes)
+    assert len(boxes) >= 3
+    letter = (boxes[-1][1] - boxes[-1][0]) / 5
+    assert all(one[1] + letter < other[0] for one, other in pairwise(boxes))
