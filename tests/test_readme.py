@@ -112,6 +112,13 @@ def test_speed_figures():
     ):
         ratio = results[part]["consistency_gaussian"]["processor"]
         assert " ".join(shown.format(ratio).split()) in text
+    for name, kind, shown in (
+        ("alone", "processor", "the other methods it is {:.1f} ([posthoc"),
+        ("two_cores", "clock", "on two cores {:.1f} by the clock ([posthoc"),
+    ):
+        path = ROOT / f"benchmarks/posthoc_speed_{name}.json"
+        ratios = json.loads(path.read_text("utf-8"))["50000x1000"]["ratios"]
+        assert shown.format(ratios["consistency_gaussian"][kind]) in text
     uniform = ten["ratios"]["consistency_uniform"]["processor"]
     assert f"uniform noise {uniform:.1f} times" in text
 
