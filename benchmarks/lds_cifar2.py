@@ -5,7 +5,8 @@
     python benchmarks/lds_cifar2.py judge --out runs/lds-cifar2        # needs both
 
 ``--set-up trained`` has fewer images, a smaller network and ten times the epochs, ``confirm`` the same
-with other images and half the steps. The files are CIFAR-10 as Parquet (columns ``image`` and
+with other images and half the steps, ``fresh`` half as many images, again others, at the epochs of
+``trained``. The files are CIFAR-10 as Parquet (columns ``image`` and
 ``label``). Every stage resumes. ``lds_cifar2_confirm`` keeps the attributed model, its generated
 queries and the losses of all subset models of that run: copy it to the output folder, and ``base``,
 ``features`` and ``judge`` judge a new method within minutes.
@@ -38,7 +39,7 @@ from diffcal.workflows.train_diffusion import NetworkConfig
 
 CLASSES = ("automobile", "horse")
 VALIDATION, GENERATED, CURVE = 100, 50, 50
-SUBSETS, RETRAINED = 32, 3
+SUBSETS = 32
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -53,6 +54,8 @@ class SetUp:
     """Stem of the result files."""
     skip: int = 0
     """Images of each class passed over, of the training file and half as many of the test file."""
+    retrained: int = 3
+    """How many subsets are trained twice."""
 
 
 NETWORK = NetworkConfig(
@@ -90,6 +93,15 @@ SET_UPS = {
         replace(OPTIMIZER, steps=800, precision="no", channels_last=True),
         "lds_cifar2_confirm",
         skip=100,
+    ),
+    # Others again, and so few that models of halves see each image 256 times, as in "trained".
+    "fresh": SetUp(
+        100,
+        replace(NETWORK, channel_mult=(1, 2, 4)),
+        replace(OPTIMIZER, steps=800, precision="no", channels_last=True),
+        "lds_cifar2_fresh",
+        skip=200,
+        retrained=6,
     ),
 }
 
@@ -195,7 +207,7 @@ def train(out: Path, set_up: SetUp, *, base_only: bool) -> None:
         return
     state = PartialState(cpu=True)
     kinds = {kind: out / "queries" / f"{kind}.parquet" for kind in ("validation", "generated")}
-    again = experiment(out, set_up, subsets=RETRAINED, seed=1)
+    again = experiment(out, set_up, subsets=set_up.retrained, seed=1)
     for stage in (config, again):
         train_models(stage, out / "models", state, "cpu")
         loss_tables(stage, out / "losses", out / "models", kinds, state, "cpu")
@@ -221,7 +233,7 @@ def main() -> None:
         print(json.dumps(write_features(config, arguments.out, arguments.only)))
     else:
         config = experiment(arguments.out, set_up)
-        again = experiment(arguments.out, set_up, subsets=RETRAINED, seed=1)
+        again = experiment(arguments.out, set_up, subsets=set_up.retrained, seed=1)
         judge(config, again, arguments.out, set_up.results)
 
 
