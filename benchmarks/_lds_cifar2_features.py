@@ -84,6 +84,10 @@ SETS = {
     "signs-stacked-many": FeatureSet(
         "random-signs", "shared", True, groups=("t20", "t100"), combine="stack"
     ),
+    "outputs-stacked": FeatureSet("all-outputs", "shared", True, combine="stack"),
+    "outputs-stacked-many": FeatureSet(
+        "all-outputs", "shared", True, groups=("t20", "t100"), combine="stack"
+    ),
     "signs-shared": FeatureSet("random-signs", "shared", True),
     "mean-stacked": FeatureSet("mean", "shared", True, combine="stack"),
 }

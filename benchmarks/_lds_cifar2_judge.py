@@ -43,7 +43,7 @@ RHOS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 READOUTS = ("signed", "square", "signed_square")
 CHECKPOINTS = ("loss-slot-1", "loss-slot-2", "loss-slot-3", "loss-slot")
 
-MEAN, SIGNS = "das, mean averaged", "das, signs stacked"
+MEAN, SIGNS, OUTPUTS = "das, mean averaged", "das, signs stacked", "das, all outputs"
 RULES = {
     f"{MEAN}, damping by rest": ("rest", 4.0),
     f"{MEAN}, damping by dimension": ("dimension", 0.06),
@@ -51,15 +51,16 @@ RULES = {
 """Rows whose own damping is that of another rule."""
 
 DAS = {
-    MEAN: ("mean-shared", 0.1),
-    SIGNS: ("signs-stacked", 0.3),
-    "das, signs averaged": ("signs-shared", 0.1),
-    "das, mean stacked": ("mean-stacked", 0.3),
+    OUTPUTS: ("outputs-stacked", "rest", 20.0),
+    MEAN: ("mean-shared", "relative", 0.1),
+    SIGNS: ("signs-stacked", "relative", 0.3),
+    "das, signs averaged": ("signs-shared", "relative", 0.1),
+    "das, mean stacked": ("mean-stacked", "relative", 0.3),
 }
-"""Kinds of features scored as ``das`` does: their name, and the relative damping of their own."""
+"""Kinds of features scored as ``das`` does: their name, and the damping of their own."""
 
 KERNELS = {
-    **{name: (name, features) for name, (features, _) in DAS.items()},
+    **{name: (name, features) for name, (features, _, _) in DAS.items()},
     **{name: (name, "mean-shared") for name in RULES},
     "das-official": ("das-official", "mean-slot"),
     "dtrak": ("dtrak", "square-slot"),
@@ -181,10 +182,8 @@ def _kernel(
 def _scores(preset: str, training: Tensor) -> ScoreConfig:
     """The preset's score with one grid of relative dampings, and its own damping in those units."""
     values = dict(PRESETS["das" if preset in (*RULES, *DAS) else preset]["scores"])
-    if preset in DAS:
-        values["damping"] = DAS[preset][1]
-    elif preset in RULES:
-        rule, value = RULES[preset]
+    if preset in (*RULES, *DAS):
+        rule, value = RULES[preset] if preset in RULES else DAS[preset][1:]
         kernel = fit_kernel(training)
         chosen = ScoreConfig(damping_rule=rule, damping=value)  # type: ignore[arg-type]
         values["damping"] = chosen.absolute_damping(kernel) / kernel.damping(1.0)
@@ -295,7 +294,7 @@ def _signal(
 
 def _differences(found: Judge) -> list[dict[str, Any]]:
     pairs = []
-    for ours in (SIGNS, MEAN):
+    for ours in (OUTPUTS, SIGNS, MEAN):
         for grid in ("1 (t=500)", "1 (t=0)", "2", "10", "100"):
             for other in ("das-official", "dtrak"):
                 mine, theirs = f"{ours}, T={grid}", f"{other}, T={grid}"
@@ -316,16 +315,20 @@ def _differences(found: Judge) -> list[dict[str, Any]]:
             (f"{ours}, T=10", "signed"),
         ):
             pairs.append(((f"{ours}, T=10", "square"), (other, readout)))
-    for other in (MEAN, "das, signs averaged", "das, mean stacked"):
-        for grid in GRIDS:
-            for readout in ("square", "signed"):
-                pairs.append(((f"{SIGNS}, T={grid}", readout), (f"{other}, T={grid}", readout)))
+    for ours, others in (
+        (OUTPUTS, (SIGNS, MEAN)),
+        (SIGNS, (MEAN, "das, signs averaged", "das, mean stacked")),
+    ):
+        for other in others:
+            for grid in GRIDS:
+                for readout in ("square", "signed"):
+                    pairs.append(((f"{ours}, T={grid}", readout), (f"{other}, T={grid}", readout)))
     return _gaps(found, pairs)
 
 
 def _own_differences(found: Judge) -> list[dict[str, Any]]:
     pairs = []
-    for ours in (SIGNS, MEAN, *RULES):
+    for ours in (OUTPUTS, SIGNS, MEAN, *RULES):
         for grid in ("1 (t=500)", "2", "10", "100"):
             mine = (f"{ours}, T={grid}", "square")
             pairs.append((mine, (f"das-official, T={grid}", "square")))

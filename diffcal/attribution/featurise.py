@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffcal.attribution.functionals import (
+    ALL_OUTPUTS,
     CUSTOM,
     FUNCTIONALS,
     Functional,
@@ -16,6 +17,7 @@ from diffcal.attribution.functionals import (
 )
 from diffcal.attribution.gradient_fused import FusedGradients, UnknownUse
 from diffcal.attribution.gradient_loop import LoopGradients
+from diffcal.attribution.gradient_outputs import OutputLayerRows
 from diffcal.attribution.gradient_vmap import VmapGradients
 from diffcal.attribution.gradients import GradientBatch, NormKind, Objective, PerSampleGradients
 from diffcal.attribution.noise import NoisePolicy, attribution_noise
@@ -82,6 +84,17 @@ class FeatureConfig:
             raise ConfigError(
                 f"unknown functional '{self.functional}': use {', '.join(FUNCTIONALS)} or custom"
             )
+        if self.functional == ALL_OUTPUTS:
+            if self.prediction != "network":
+                raise ConfigError(
+                    f"{ALL_OUTPUTS} is of the network's own outputs, not of prediction "
+                    f"'{self.prediction}'"
+                )
+            if self.projection.kind in ("identity", "factorised", "factorised_sjlt"):
+                raise ConfigError(
+                    f"{ALL_OUTPUTS} has no gradients of weight matrices and no length of its own: "
+                    f"choose projection.kind sjlt, not '{self.projection.kind}'"
+                )
         if self.functional == "weighted-mse" and self.sigmas is not None:
             raise ConfigError("weighted-mse weighs timesteps: it has no weights for sigmas")
 
@@ -165,19 +178,25 @@ class Featuriser:
             denoiser, functional or self.config.functional, self.config.prediction
         )
         parameters = select_parameters(denoiser.module, self.config.params)
-        self.projector = make_projector(
-            self.config.projection, [tuple(p.shape) for p in parameters.values()]
-        )
-        self.gradients = make_gradients(
-            method,
-            denoiser.module,
-            self.objective,
-            parameters,
-            self.projector,
-            # Norms that nobody asks for cost nothing if they are those of the projection.
-            norms=self.config.norm_kind if self.config.normalise else "projected",
-            unknown=unknown,
-        )
+        # Norms that nobody asks for cost nothing if they are those of the projection.
+        norms: NormKind = self.config.norm_kind if self.config.normalise else "projected"
+        module, projection = denoiser.module, self.config.projection
+        self.gradients: PerSampleGradients
+        if self.config.functional == ALL_OUTPUTS:
+            if method != "fused":
+                raise ConfigError(
+                    f"{ALL_OUTPUTS} takes no gradients by {method}: leave it at fused"
+                )
+            self.gradients = OutputLayerRows(
+                module, self.objective, parameters, projection, norms=norms
+            )
+            self._dim = projection.dim
+        else:
+            projector = make_projector(projection, [tuple(p.shape) for p in parameters.values()])
+            self.gradients = make_gradients(
+                method, module, self.objective, parameters, projector, norms=norms, unknown=unknown
+            )
+            self._dim = projector.dim
 
     def _named(self, functional: Functional | None) -> str:
         """What stands for the functional in ``spec``."""
@@ -197,7 +216,7 @@ class Featuriser:
     @property
     def dim(self) -> int:
         """Entries of a feature."""
-        return self.projector.dim
+        return self._dim
 
     @property
     def spec(self) -> dict[str, Any]:

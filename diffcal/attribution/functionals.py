@@ -10,8 +10,10 @@ from diffcal.core.tensors import append_dims
 from diffcal.errors import ConfigError
 
 __all__ = [
+    "ALL_OUTPUTS",
     "CUSTOM",
     "FUNCTIONALS",
+    "WITH_SIGNS",
     "Functional",
     "NamedFunctional",
     "Outputs",
@@ -30,11 +32,14 @@ class Outputs:
     weight: Float[Tensor, " b"]
     """``beta_t / (2 alpha_t (1 - abar_t))`` of each row; NaN where there is no table of timesteps."""
     signs: Float[Tensor, "b *d"] | None = None
-    """Random signs of each row's timestep, for ``random-signs``; None for all other functionals."""
+    """Random signs of each row's timestep, for functionals of ``WITH_SIGNS``; None for all others."""
 
 
 Functional = Callable[[Outputs], Float[Tensor, " b"]]
 """One number for each row, independent of the other rows and differentiable in ``prediction``."""
+
+ALL_OUTPUTS = "all-outputs"
+"""The functional that is none: all outputs at once."""
 
 CUSTOM = "custom"
 """``features.functional`` of a callable, followed by ``:`` and its name where it has one."""
@@ -101,6 +106,19 @@ def random_signs(outputs: Outputs) -> Float[Tensor, " b"]:
     return _rows(outputs.signs * outputs.prediction).mean(dim=1)
 
 
+def all_outputs(outputs: Outputs) -> Float[Tensor, " b"]:
+    """Sum of ``s o`` with random signs ``s``: stands for every output at once.
+
+    Nobody differentiates it by parameters. The rows are those whose kernel is the sum of the kernels of
+    all outputs, with respect to the output layer, which
+    :class:`~diffcal.attribution.gradient_outputs.OutputLayerRows` takes from a forward pass; the signs
+    tell it whether the outputs are that layer's own.
+    """
+    if outputs.signs is None:
+        raise ConfigError(f"the functional {ALL_OUTPUTS} needs the signs of each row")
+    return _rows(outputs.signs * outputs.prediction).sum(dim=1)
+
+
 def l1_norm(outputs: Outputs) -> Float[Tensor, " b"]:
     """Sum of ``|o|``, not divided by its size."""
     return _rows(outputs.prediction.abs()).sum(dim=1)
@@ -127,12 +145,16 @@ FUNCTIONALS: dict[str, Functional] = {
     "mean-squared-l2-norm": mean_squared,
     "mean": mean,
     "random-signs": random_signs,
+    ALL_OUTPUTS: all_outputs,
     "l1-norm": l1_norm,
     "l2-norm": l2_norm,
     "linf-norm": linf_norm,
     "weighted-mse": weighted_mse,
 }
 """By the names of the D-TRAK and DAS releases (arXiv:2311.00500, arXiv:2410.18639), and our own."""
+
+WITH_SIGNS = frozenset({random_signs, all_outputs})
+"""Those that need signs."""
 
 
 def resolve_functional(functional: str | Functional) -> Functional:

@@ -5,7 +5,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffcal.attribution.gradient_parts import Part, by_rows, multiplied, widened
@@ -69,6 +69,26 @@ class ConvPart(Part):
         if x.is_cuda and self._can_sketch:
             return _summed(widened(g.flatten(2) @ unfold(x, geometry).mT), self.rows)
         return weight_gradients(x, g, self._weight_shape, geometry, self.rows)
+
+    def counted_input(self, used: Bool[Tensor, "1 o *q"]) -> Float[Tensor, "n i *p"]:
+        """The input, each number times the root of how many used outputs have a product with it."""
+        geometry, x = self._geometry, widened(self.saved)
+        weight = x.new_ones(()).expand(self._weight_shape)
+        # The counts are the gradient of the sum of used outputs where all weights are 1.
+        counts = torch.ops.aten.convolution_backward(
+            used.to(x.dtype),
+            x[:1],
+            weight,
+            None,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.output_padding is not None,
+            geometry.output_padding or (0,) * len(geometry.kernel),
+            geometry.groups,
+            (True, False, False),
+        )[0]
+        return x * counts.round().sqrt()
 
     @property
     def _can_sketch(self) -> bool:

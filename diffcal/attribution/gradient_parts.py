@@ -10,7 +10,7 @@ from collections.abc import Callable
 from math import prod
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffcal.attribution.projection_factorised import LayerSketch
@@ -118,6 +118,10 @@ class OuterPart(Part):
     def exact(self, g: Tensor) -> Tensor:
         left, right = multiplied(*self._sides(g))
         return widened(left.mT @ right)
+
+    def counted_input(self, used: Bool[Tensor, "1 *s o"]) -> Float[Tensor, "n *s i"]:
+        """The input, each number times the root of how many used outputs have a product with it."""
+        return widened(self.saved) * used.sum(dim=-1, keepdim=True).to(wide_type(self.saved)).sqrt()
 
     def _factor(self, layer: LayerSketch, of_input: bool) -> Tensor | None:
         return layer.left if of_input == self._transposed else layer.right

@@ -76,7 +76,7 @@ def path_features(
     if config.combine == "stack" or featuriser.objective.needs_signs:
         raise ConfigError(
             "a sampling path has noise levels of its own, and stacked timesteps or random signs only "
-            "compare equal ones: choose combine = 'mean' and another functional"
+            "compare equal ones: choose combine = 'mean' and a functional such as 'loss'"
         )
     levels = featuriser.levels.timesteps
     if len(denoised) != len(levels):

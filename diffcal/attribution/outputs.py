@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffcal.attribution.functionals import (
+    WITH_SIGNS,
     Functional,
     Outputs,
-    random_signs,
     resolve_functional,
 )
 from diffcal.core.tensors import append_dims
@@ -68,7 +68,7 @@ class DenoiserObjective:
             )
         self.denoiser, self.prediction = denoiser, prediction
         self.functional = resolve_functional(functional)
-        self.needs_signs = self.functional is random_signs
+        self.needs_signs = self.functional in WITH_SIGNS
         """Whether :meth:`inputs` must be given signs."""
 
     @property
@@ -99,7 +99,7 @@ class DenoiserObjective:
             ConfigError: signs that the functional does not need, or none where it does.
         """
         if (signs is not None) != self.needs_signs:
-            raise ConfigError("signs go with the functional random-signs, and only with it")
+            raise ConfigError("signs go with the functionals random-signs and all-outputs only")
         with torch.no_grad():
             level = append_dims(sigma, clean).to(clean.dtype)
             rows = (

@@ -17,7 +17,7 @@ from diffcal.attribution.projection_mask import MaskProjection
 from diffcal.attribution.projection_sjlt import SJLT
 from diffcal.errors import ConfigError
 
-__all__ = ["ChainedProjection", "make_projector"]
+__all__ = ["ChainedProjection", "make_projector", "spread_projector"]
 
 
 class ChainedProjection(Projector):
@@ -76,3 +76,20 @@ def make_projector(config: ProjectionConfig, shapes: Sequence[tuple[int, ...]]) 
         )
     second = SJLT(first.dim, config.dim, config.seed, nonzeros=config.nonzeros)
     return ChainedProjection(first, second)
+
+
+def spread_projector(config: ProjectionConfig, coordinates: int) -> Projector:
+    """The projector of ``config`` for one vector of so many coordinates, which may be few.
+
+    An SJLT of fewer coordinates than it has columns enters each into as many buckets as fill the columns
+    (``nonzeros`` doubled as often as needed), so that its error stays that of its width.
+
+    Raises:
+        ConfigError: another sketch larger than what it sketches.
+    """
+    if config.kind != "sjlt" or config.dim <= coordinates:
+        return make_projector(config, [(coordinates,)])
+    nonzeros = config.nonzeros
+    while coordinates * nonzeros < config.dim and config.dim % (2 * nonzeros) == 0:
+        nonzeros *= 2
+    return SJLT(coordinates, config.dim, config.seed, nonzeros=nonzeros)

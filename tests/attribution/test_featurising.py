@@ -126,7 +126,7 @@ def test_features_are_the_published_formula(functional, normalise):
         )
         wanted[row] += gradient / (gradient.norm() + 1e-8) / 4 if normalise else gradient / 4
         errors[row, t] = error.detach()
-    wanted = project_rows(featuriser.projector, wanted)
+    wanted = project_rows(featuriser.gradients.projector, wanted)
     assert float((found.vectors - wanted).norm(dim=1).div(wanted.norm(dim=1)).max()) < 5e-5
     torch.testing.assert_close(found.errors, errors, rtol=1e-4, atol=1e-6)
     if functional == "loss":
