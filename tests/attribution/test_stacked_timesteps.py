@@ -146,9 +146,13 @@ def test_signs_where_they_mean_nothing_are_refused():
     denoiser = edm(label_dim=0)
     clean, sigma = clean_samples(denoiser, 2), torch.ones(2, dtype=torch.float64)
     plain, signs = (DenoiserObjective(denoiser, name) for name in ("mean", "random-signs"))
-    with pytest.raises(ConfigError, match="signs go with the functional random-signs"):
+    with pytest.raises(
+        ConfigError, match="signs go with the functionals random-signs and all-outputs"
+    ):
         signs.inputs(clean, clean, sigma, torch.ones(2))
-    with pytest.raises(ConfigError, match="signs go with the functional random-signs"):
+    with pytest.raises(
+        ConfigError, match="signs go with the functionals random-signs and all-outputs"
+    ):
         plain.inputs(clean, clean, sigma, torch.ones(2), signs=clean)
     for options in ({"combine": "stack"}, {"functional": "random-signs"}):
         config = FeatureConfig(sigmas=(2.0, 1.0), projection=SKETCH, **options)
