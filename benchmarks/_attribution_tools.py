@@ -55,6 +55,7 @@ class Problem:
         """diffcal's settings for it."""
         return FeatureConfig(
             functional=self.functional,
+            combine="mean",
             timesteps=self.timesteps,
             normalise=normalise,
             projection=projection,

@@ -62,7 +62,8 @@ def feature_sets(toy: Toy, every: bool = False) -> dict[str, FeatureSet]:
     """
 
     def config(t: int, **options: object) -> FeatureConfig:
-        return FeatureConfig(timesteps=GRIDS[t], projection=EXACT, **options)  # type: ignore[arg-type]
+        chosen = {"functional": "mean", "combine": "mean", **options}
+        return FeatureConfig(timesteps=GRIDS[t], projection=EXACT, **chosen)  # type: ignore[arg-type]
 
     sets: dict[str, FeatureSet] = {}
     for t in GRIDS:
@@ -78,6 +79,10 @@ def feature_sets(toy: Toy, every: bool = False) -> dict[str, FeatureSet]:
                 config(t, functional=functional, **published),
                 journey=(name, t) == ("trak", 10),
             )
+    for t in GRIDS:
+        # Whole rows have no length of their own: the sketch of the preset.
+        outputs = FeatureConfig(timesteps=GRIDS[t], projection=SJLT[f"sjlt-{SIZE}"])
+        sets[f"outputs, T={t}"] = FeatureSet(outputs)
     for functional in ("loss", "mean-squared-l2-norm"):
         for noise, t in (("shared", 2), ("shared", 10), ("slot", 10), ("slot", 100)):
             sets[f"{functional}, {noise}, T={t}"] = FeatureSet(
@@ -95,7 +100,7 @@ def feature_sets(toy: Toy, every: bool = False) -> dict[str, FeatureSet]:
         sets[f"trak, checkpoint {index}"] = FeatureSet(sets["trak, T=10"].config, checkpoint=index)
     # Many timesteps last: they cost most, and what the protocol's questions need comes before the rest.
     asked = ("mean, slot, T=100", "dtrak, T=100", "mean, shared, T=100")
-    late = [name for name in sets if name.endswith("T=100")]
+    late = [name for name in sets if name.endswith("T=100") and not name.startswith("outputs")]
     order = [name for name in sets if name not in late]
     rest = sorted(set(late) - set(asked)) if every else ()
     return {name: sets[name] for name in (*order, *asked, *rest)}
@@ -124,6 +129,7 @@ def featurise(toy: Toy, work: Path, every: bool = False) -> None:
                     steps, levels = sampling_path(folder)
                     along = FeatureConfig(
                         functional="loss",
+                        combine="mean",
                         sigmas=tuple(levels),
                         noise="slot",
                         slot_batch=52,

@@ -60,7 +60,7 @@ def judge(toy: Toy, work: Path) -> tuple[Judge, dict[str, Any]]:
             absent.append(name)
             return
         rows = read_rows(work, toy, features, kind)
-        start = PRESETS[preset]["scores"] if preset else {}
+        start = PRESETS[preset or "das-mean"]["scores"]
         scale = _sketch_scale(preset) if kind == "exact" else 1.0
         judge.kernel(
             name,
@@ -77,7 +77,14 @@ def judge(toy: Toy, work: Path) -> tuple[Judge, dict[str, Any]]:
     # The methods as they come, at equal T.
     for t in T:
         controls = PLAIN if t in (2, 10) else ()
-        kernel(f"das, T={t}", f"mean, shared, T={t}", f"sjlt-{SIZE}", "das", controls=controls)
+        kernel(f"das, T={t}", f"outputs, T={t}", preset="das", controls=controls)
+        kernel(
+            f"das-mean, T={t}",
+            f"mean, shared, T={t}",
+            f"sjlt-{SIZE}",
+            "das-mean",
+            controls=controls,
+        )
         kernel(f"das-official, T={t}", f"mean, slot, T={t}", preset="das-official")
         kernel(f"dtrak, T={t}", f"dtrak, T={t}", preset="dtrak")
         kernel(f"trak, T={t}", f"trak, T={t}", preset="trak")
@@ -151,13 +158,14 @@ def _baselines(toy: Toy, work: Path, judge: Judge, pictures: dict[str, Any], ker
 
 
 def _leverages(toy: Toy, work: Path) -> dict[str, float]:
-    """Of the default's kernel at its damping."""
+    """Of the kernel of ``das-mean`` at its damping."""
     rows = read_rows(work, toy, REFERENCE)["training"]
     fitted = fit_kernel(rows)
-    damping = ScoreConfig().absolute_damping(fitted)
+    settings = config_from_dict(ScoreConfig, PRESETS["das-mean"]["scores"])
+    damping = settings.absolute_damping(fitted)
     values = leverage_scores(fitted, rows, [damping])[0]
     return {
-        "rho": ScoreConfig().damping,
+        "rho": settings.damping,
         "mean": round(float(values.mean()), 4),
         "max": round(float(values.max()), 4),
         "effective_dimension": round(fitted.effective_dimension(damping), 2),
@@ -171,6 +179,8 @@ def _gaps(judge: Judge, absent: set[str]) -> list[dict[str, Any]]:
     pairs = [
         *((("das", t, "square"), (name, t, readout)) for t in T for name, readout in own.items()),
         *((("das", 2, "square"), (name, 100, readout)) for name, readout in own.items()),
+        *((("das", t, "square"), ("das-mean", t, "square")) for t in T),
+        *((("das-mean", t, "square"), (n, t, readout)) for t in T for n, readout in own.items()),
         *((("mean, shared", 2, "square"), ("mean, slot", t, "square")) for t in (10, 100)),
         *((("mean, shared", t, "square"), ("mean, shared", t, "signed")) for t in (2, 10)),
     ]

@@ -89,7 +89,7 @@ def run_one(folder: Path) -> dict[str, float]:
     denoiser = tiny_denoiser()
     images = folder / "images.parquet"
     config = das.das_config(
-        "das",
+        "das-mean",
         [
             f"data.name={images}",
             "features.timesteps=[400]",

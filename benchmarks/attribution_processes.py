@@ -101,6 +101,8 @@ def work(folder: Path, rows: int) -> None:
         "digits",
         [
             f"data.rows={rows}",
+            "features.functional=mean",
+            "features.combine=mean",
             "features.timesteps=[100,400]",
             "features.projection.dim=512",
             "store.shard_rows=24",

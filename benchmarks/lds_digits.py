@@ -27,7 +27,9 @@ from diffcal.core.runs import read_json, write_json, write_text
 HERE = Path(__file__).parent
 PICTURE = HERE.parent / "docs" / "lds-digits.png"
 TITLES = {"mlp": "MLP", "conv": "Convolutional"}
-PRESETS = tuple(f"{name}, T={t}" for name in ("das", "das-official", "dtrak", "trak") for t in T)
+PRESETS = tuple(
+    f"{name}, T={t}" for name in ("das", "das-mean", "das-official", "dtrak", "trak") for t in T
+)
 NOISE = tuple(f"mean, {noise}, T={t}" for noise in ("shared", "slot", "independent") for t in T)
 FUNCTIONALS = (
     "mean, shared, T=2", "loss, shared, T=2", "mean-squared-l2-norm, shared, T=2",
@@ -41,15 +43,17 @@ VARIANTS = (
     "SJLT 4096", "middle block only", "up block only", "last layer only",
 )  # fmt: skip
 BASELINES = (
-    "das, T=10", "pixel dot", "pixel cosine", "pixel Gaussian, width 1", "pixel Gaussian, width 2",
-    "pixel Gaussian, width 4", "denoiser dot", "denoiser cosine", "classifier dot",
+    "das, T=10", "das-mean, T=10", "pixel dot", "pixel cosine", "pixel Gaussian, width 1",
+    "pixel Gaussian, width 2", "pixel Gaussian, width 4", "denoiser dot", "denoiser cosine",
+    "classifier dot",
     "classifier cosine", "gradient dot", "gradient cosine", "TracInCP", "GAS", "trak, T=10",
     "relative influence", "renormalised influence", "Journey-TRAK", "empirical influence",
     "datamodel",
 )  # fmt: skip
 DRAWN = (
-    *(f"das, T={t}" for t in T), *(f"das-official, T={t}" for t in T),
-    *(f"dtrak, T={t}" for t in (10, 100)), *(f"trak, T={t}" for t in (10, 100)), *BASELINES[1:-6],
+    *(f"das, T={t}" for t in T), *(f"das-mean, T={t}" for t in (2, 10)),
+    *(f"das-official, T={t}" for t in T),
+    *(f"dtrak, T={t}" for t in (10, 100)), *(f"trak, T={t}" for t in (10, 100)), *BASELINES[2:-6],
     "relative influence", "renormalised influence", "Journey-TRAK", "empirical influence", "datamodel",
 )  # fmt: skip
 

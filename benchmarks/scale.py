@@ -73,7 +73,7 @@ def csm(denoiser: EDMDenoiser, images: int, folder: Path) -> None:
 def attribution(denoiser: EDMDenoiser, images: int, folder: Path) -> None:
     """Index training images."""
     settings = [f"data.rows={images}", "features.timesteps=[500]", "features.projection.dim=512"]
-    das.index(das.das_config("das", settings), folder, denoiser=denoiser, device="cpu")
+    das.index(das.das_config("das-mean", settings), folder, denoiser=denoiser, device="cpu")
 
 
 def seconds_of(work: Callable[[], object]) -> float:

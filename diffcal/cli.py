@@ -114,7 +114,17 @@ def _parser() -> argparse.ArgumentParser:
 
     das = _group(commands, "das", "which training images a generated image owes itself to")
     methods = (
-        *("das", "das-stacked", "das-official", "dtrak", "trak", "journey-trak", "tracincp", "gas"),
+        *(
+            "das",
+            "das-signs",
+            "das-mean",
+            "das-official",
+            "dtrak",
+            "trak",
+            "journey-trak",
+            "tracincp",
+            "gas",
+        ),
         *("relative-influence", "renormalised-influence", "gradient-dot", "gradient-cosine"),
         *("pixel-dot", "pixel-cosine", "encoder-dot", "encoder-cosine"),
         *("empirical-influence", "datamodel", "digits"),

@@ -15,6 +15,7 @@ from diffcal.errors import DataError
 __all__ = [
     "OFFICIAL_DAMPINGS",
     "RELATIVE_DAMPINGS",
+    "REST_DAMPINGS",
     "DIMENSION_DAMPINGS",
     "DampingChoice",
     "choose_damping",
@@ -25,6 +26,9 @@ OFFICIAL_DAMPINGS = tuple(m * 10.0**e for e in range(-2, 7) for m in (1, 2, 5))
 """The 27 absolute values of the published search."""
 RELATIVE_DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Values of rho: absolute optima of published cells range from 1 to 5,000, relative ones hardly move."""
+REST_DAMPINGS = (0.3, 1.0, 3.0, 10.0, 20.0, 30.0, 50.0, 100.0, 300.0)
+"""In units of the mean of all eigenvalues but the largest: 3 to 10 was best on digits, 100 on
+photographs."""
 DIMENSION_DAMPINGS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 """Shares of the kernel's rank."""
 

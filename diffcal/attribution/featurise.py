@@ -28,7 +28,7 @@ from diffcal.attribution.projectors import make_projector
 from diffcal.attribution.timesteps import TimestepStrategy, noise_levels
 from diffcal.config import check_choices, config_to_dict
 from diffcal.core.devices import module_device
-from diffcal.core.rng import item_signs
+from diffcal.core.rng import item_normal, item_signs
 from diffcal.core.runs import fingerprint
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ConfigError, DataError
@@ -51,7 +51,7 @@ NORM_EPSILON = 1e-8  # added to every norm that divides, as published
 class FeatureConfig:
     """What decides the features of a sample, besides the model and the sample itself."""
 
-    functional: str = "mean"
+    functional: str = ALL_OUTPUTS
     """A name of ``FUNCTIONALS``, or ``custom`` (or ``custom:NAME``) for a callable given from Python."""
     prediction: PredictionKind = "network"
     """Form in which the functional sees the network's output; the raw one as published."""
@@ -66,7 +66,7 @@ class FeatureConfig:
     """Batch whose places ``slot`` noise belongs to: 16 in DAS's scripts, 52 in D-TRAK's."""
     normalise: bool = True
     """Divide the gradient of every timestep by its norm before averaging."""
-    combine: Literal["mean", "stack"] = "mean"
+    combine: Literal["mean", "stack"] = "stack"
     """How a sample's timesteps make one feature. ``mean``: their average, as published; the kernel then
     also compares gradients at different timesteps. ``stack``: as if they were written one after the
     other, so that the kernel is the mean of the timesteps' own kernels; they share the same entries,
@@ -191,12 +191,24 @@ class Featuriser:
                 module, self.objective, parameters, projection, norms=norms
             )
             self._dim = projection.dim
+            self._look()
         else:
             projector = make_projector(projection, [tuple(p.shape) for p in parameters.values()])
             self.gradients = make_gradients(
                 method, module, self.objective, parameters, projector, norms=norms, unknown=unknown
             )
             self._dim = projector.dim
+
+    def _look(self) -> None:
+        """One row of noise, so that a network without an output layer is refused before any work."""
+        denoiser, condition = self.denoiser, None
+        if denoiser.condition_kind != "none":
+            first = torch.eye(1, max(denoiser.num_classes, 1))
+            condition = (
+                denoiser.condition(first) if denoiser.num_classes else denoiser.unconditional(1)
+            )
+        noise = item_normal(0, "attribution-look", 0, denoiser.sample_shape)[None]
+        self.rows(noise, noise, torch.tensor([0]), condition)
 
     def _named(self, functional: Functional | None) -> str:
         """What stands for the functional in ``spec``."""

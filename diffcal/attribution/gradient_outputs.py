@@ -164,6 +164,6 @@ def _acts_otherwise(module: str, name: str) -> ConfigError:
 def _refusal(module: str, why: str) -> ConfigError:
     return ConfigError(
         f"all-outputs needs a network whose outputs one linear or convolutional layer makes, and "
-        f"that layer among the chosen parameters; of {module}, {why}: choose features.functional "
-        "random-signs or mean"
+        f"that layer among the chosen parameters; of {module}, {why}: leave features.params at all, or "
+        "choose features.functional random-signs or mean (the methods das-signs and das-mean)"
     )

@@ -12,7 +12,7 @@ the images themselves or from the path of the sampler that made them.
 
 from typing import Any
 
-from diffcal.attribution.damping_selection import OFFICIAL_DAMPINGS, RELATIVE_DAMPINGS
+from diffcal.attribution.damping_selection import OFFICIAL_DAMPINGS
 
 __all__ = ["PRESETS"]
 
@@ -29,6 +29,7 @@ _LOSS_FEATURES: dict[str, Any] = {
     "noise_seed": 0,
     "slot_batch": 52,
     "normalise": False,
+    "combine": "mean",
     "projection": _PUBLISHED_SKETCH,
 }
 
@@ -44,7 +45,8 @@ _TRAK_SCORES: dict[str, Any] = {
 }
 
 _DAS_FEATURES: dict[str, Any] = {
-    "functional": "mean",
+    "functional": "all-outputs",
+    "combine": "stack",
     "timesteps": 10,
     "strategy": "uniform",
     "noise": "shared",
@@ -59,23 +61,25 @@ _DAS_SCORES: dict[str, Any] = {
     "residual": "none",
     "leverage": False,
     "readout": "square",
-    "damping": 0.1,
-    "damping_rule": "relative",
+    "damping": 20.0,
+    "damping_rule": "rest",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # diffcal's default: DAS with common random numbers, a sparse sketch and a relative damping.
+    # diffcal's default: all outputs at once by the output layer, which takes a forward pass, common
+    # random numbers, timesteps side by side, and a damping without the part that features share.
     "das": {"features": _DAS_FEATURES, "scores": _DAS_SCORES, **_FINAL},
-    # The same with random signs of the output and timesteps side by side: the kernel of all outputs. It
-    # gains with every timestep. The best damping differs between digits (0.3 to 1) and photographs (10
-    # and more), so choose it by das lds (benchmarks/PROTOCOL.md, third run on CIFAR-2).
-    "das-stacked": {
-        "features": {**_DAS_FEATURES, "functional": "random-signs", "combine": "stack"},
-        "scores": {
-            **_DAS_SCORES,
-            "damping": 1.0,
-            "damping_grid": (*RELATIVE_DAMPINGS, 100.0),
-        },
+    # The same kernel estimated by random signs of the output, for gradients of any parameters: for
+    # networks that end in no linear layer and for adapters. It gains with every timestep.
+    "das-signs": {
+        "features": {**_DAS_FEATURES, "functional": "random-signs"},
+        "scores": _DAS_SCORES,
+        **_FINAL,
+    },
+    # The release's functional with common random numbers, a sparse sketch and a relative damping.
+    "das-mean": {
+        "features": {**_DAS_FEATURES, "functional": "mean", "combine": "mean"},
+        "scores": {**_DAS_SCORES, "damping": 0.1, "damping_rule": "relative"},
         **_FINAL,
     },
     # The DAS release (arXiv:2410.18639): noise by place in a batch of 16, dense sketch, the residual
@@ -89,6 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "noise_seed": 0,
             "slot_batch": 16,
             "normalise": True,
+            "combine": "mean",
             "projection": {"kind": "gaussian", "dim": 4096, "seed": 42, "unit_variance": True},
         },
         "scores": {

@@ -19,6 +19,8 @@ from diffcal.errors import ConfigError
 
 __all__ = ["ChainedProjection", "make_projector", "spread_projector"]
 
+SPREAD = 4096
+
 
 class ChainedProjection(Projector):
     """One sketch after another: mask then SJLT (GraSS), factors then SJLT (FactGraSS).
@@ -81,12 +83,17 @@ def make_projector(config: ProjectionConfig, shapes: Sequence[tuple[int, ...]]) 
 def spread_projector(config: ProjectionConfig, coordinates: int) -> Projector:
     """The projector of ``config`` for one vector of so many coordinates, which may be few.
 
-    An SJLT of fewer coordinates than it has columns enters each into as many buckets as fill the columns
-    (``nonzeros`` doubled as often as needed), so that its error stays that of its width.
+    An SJLT of up to SPREAD columns takes fewer coordinates as well: each enters as many buckets as fill
+    the columns (``nonzeros`` doubled as often as needed), so that its error stays that of its width.
 
     Raises:
-        ConfigError: another sketch larger than what it sketches.
+        ConfigError: a sketch larger than that and than what it sketches.
     """
+    if config.kind == "sjlt" and config.dim > max(coordinates, SPREAD):
+        raise ConfigError(
+            f"projection.dim {config.dim} is larger than the {coordinates} numbers of a row: lower it "
+            f"(up to {SPREAD} is always allowed)"
+        )
     if config.kind != "sjlt" or config.dim <= coordinates:
         return make_projector(config, [(coordinates,)])
     nonzeros = config.nonzeros

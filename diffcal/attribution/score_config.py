@@ -9,7 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffcal.attribution.baselines import cosine_blocks, dot_blocks
-from diffcal.attribution.damping_selection import DIMENSION_DAMPINGS, RELATIVE_DAMPINGS
+from diffcal.attribution.damping_selection import (
+    DIMENSION_DAMPINGS,
+    RELATIVE_DAMPINGS,
+    REST_DAMPINGS,
+)
 from diffcal.attribution.kernel import Kernel
 from diffcal.attribution.readouts import Readout, read_out
 from diffcal.attribution.residuals import ResidualKind, residual_weights
@@ -39,14 +43,15 @@ class ScoreConfig:
     readout: Readout = "square"
     average: Literal["scores", "signed"] = "scores"
     """Of several models: their scores as read out, or their signed scores before the readout."""
-    damping: float = 0.1
-    damping_rule: DampingRule = "relative"
-    """``relative`` is in units of the mean squared norm of a training feature. An absolute optimum
-    ranges from 1 to 5,000 between published cells, the relative one hardly moves. ``rest`` leaves the
-    largest eigenvalue out of that mean (:meth:`~.kernel.Kernel.rest_damping`), and
-    ``dimension`` is the share of the kernel's dimensions that is left
-    (:meth:`~.kernel.Kernel.dimension_damping`): 4 and 0.06 came near the optimum for two timesteps and
-    more on digits; on photographs no rule did everywhere (``benchmarks/PROTOCOL.md``)."""
+    damping: float = 20.0
+    damping_rule: DampingRule = "rest"
+    """``rest`` is in units of the mean of all eigenvalues of the kernel but the largest
+    (:meth:`~.kernel.Kernel.rest_damping`): what all features share, as they do with one noise for all
+    images, does not count. ``relative`` is in units of the mean squared norm of a training feature, and
+    ``dimension`` the share of the kernel's dimensions that is left
+    (:meth:`~.kernel.Kernel.dimension_damping`). Of features of ``all-outputs`` the best was 3 to 10 by
+    ``rest`` on digits and 100 on photographs, at all timesteps
+    (``benchmarks/PROTOCOL.md``, fourth run on CIFAR-2)."""
     damping_grid: tuple[float, ...] = ()
     """Where :func:`~.damping_selection.choose_damping` looks, under the same rule; empty for the
     rule's own grid."""
@@ -54,8 +59,9 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         if not self.damping_grid:
-            own = DIMENSION_DAMPINGS if self.damping_rule == "dimension" else RELATIVE_DAMPINGS
-            object.__setattr__(self, "damping_grid", own)
+            own = {"dimension": DIMENSION_DAMPINGS, "rest": REST_DAMPINGS}
+            grid = own.get(self.damping_rule, RELATIVE_DAMPINGS)
+            object.__setattr__(self, "damping_grid", grid)
         most = 1.0 if self.damping_rule == "dimension" else float("inf")
         for name, values in (("damping", (self.damping,)), ("damping_grid", self.damping_grid)):
             outside = [value for value in values if not 0 < value < most]

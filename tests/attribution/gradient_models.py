@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "diffusion"))
 
 from tiny_diffusers import tiny_text_unet, tiny_transformer, tiny_unet, tiny_vae
 
+from diffcal.attribution.featurise import FeatureConfig
 from diffcal.attribution.outputs import DenoiserObjective
 from diffcal.diffusion.diffusers_denoisers import DiTDenoiser, UNet2DDenoiser
 from diffcal.diffusion.edm_denoiser import EDMDenoiser
@@ -65,6 +66,11 @@ def dit(**changes):
     return DiTDenoiser(liven(tiny_transformer(**changes)), tiny_vae(), DDPMScheduler())
 
 
+def mean_features(**options):
+    """Features of the mean of the output averaged over timesteps, where a test needs gradients."""
+    return FeatureConfig(**{"functional": "mean", "combine": "mean"} | options)
+
+
 def rows_of(denoiser, rows=4, seed=0, functional="loss", prediction="network"):
     """(objective, its inputs) for random samples at spread noise levels."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,6 +91,7 @@ __all__ = [
     "dit",
     "edm",
     "liven",
+    "mean_features",
     "ncsn",
     "rows_of",
     "tiny_text_unet",

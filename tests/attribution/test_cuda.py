@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from gradient_models import dit, edm, unet
+from gradient_models import dit, edm, mean_features, unet
 
-from diffcal.attribution.featurise import FeatureConfig, Featuriser
+from diffcal.attribution.featurise import Featuriser
 from diffcal.attribution.kernel import fit_kernel, load_kernel
 from diffcal.attribution.kernel_updates import update_kernel
 from diffcal.attribution.projection import ProjectionConfig
@@ -29,7 +29,7 @@ def full_precision(monkeypatch):
 def features(device, make, method="fused", kind="sjlt", channels_last=False, dtype=None, **changes):
     denoiser = make() if dtype is None else make(dtype=dtype)
     denoiser = denoiser.to(device)
-    config = FeatureConfig(timesteps=3, projection=ProjectionConfig(kind=kind, **SIZES), **changes)
+    config = mean_features(timesteps=3, projection=ProjectionConfig(kind=kind, **SIZES), **changes)
     featuriser = Featuriser(
         denoiser,
         config,

@@ -9,12 +9,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from gradient_models import dit, edm, unet
+from gradient_models import dit, edm, mean_features, unet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffcal.attribution import featurise, gradients
-from diffcal.attribution.featurise import FeatureConfig, Featuriser
+from diffcal.attribution.featurise import Featuriser
 from diffcal.attribution.projection import ProjectionConfig
 from diffcal.attribution.projection_dense import RademacherProjection
 
@@ -71,7 +71,7 @@ def moved(denoiser, device, samples=3):
 
 def features_on(device, denoiser, method="fused", kind="sjlt", **changes):
     denoiser, condition = moved(denoiser, device)
-    config = FeatureConfig(timesteps=2, projection=ProjectionConfig(kind=kind, **SIZES), **changes)
+    config = mean_features(timesteps=2, projection=ProjectionConfig(kind=kind, **SIZES), **changes)
     featuriser = Featuriser(denoiser, config, method=method, batch_rows=4, unknown="refuse")
     if method == "fused":
         featuriser.gradients._to_check = False  # compares values

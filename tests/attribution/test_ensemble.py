@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from gradient_models import unet
+from gradient_models import mean_features, unet
 
 from diffcal.attribution.ensemble import ScoredModel, ensemble_scores
-from diffcal.attribution.featurise import FeatureConfig, Featuriser
+from diffcal.attribution.featurise import Featuriser
 from diffcal.attribution.journey import path_features
 from diffcal.attribution.kernel import fit_kernel
 from diffcal.attribution.noise import attribution_noise
@@ -35,7 +35,7 @@ def test_means_of_scores_and_of_signed_scores(readout):
                 one.kernel,
                 one.queries,
                 one.rows,
-                one.kernel.damping(0.1),
+                one.kernel.rest_damping(20.0),
                 readout="signed",
                 dtype=torch.float64,
             )
@@ -99,7 +99,7 @@ def test_chosen_rows_come_block_by_block():
 def test_features_of_a_path_are_the_mean_over_its_steps(normalise):
     denoiser = unet(num_class_embeds=None)
     sigmas = (3.0, 0.8, 0.2)
-    config = FeatureConfig(
+    config = mean_features(
         functional="loss",
         sigmas=sigmas,
         noise="slot",

@@ -11,6 +11,7 @@ from gradient_models import (
     dit,
     edm,
     liven,
+    mean_features,
     ncsn,
     rows_of,
     tiny_text_unet,
@@ -18,7 +19,7 @@ from gradient_models import (
 )
 from torch import nn
 
-from diffcal.attribution.featurise import FeatureConfig, Featuriser
+from diffcal.attribution.featurise import Featuriser
 from diffcal.attribution.gradient_fused import FusedGradients
 from diffcal.attribution.gradient_loop import LoopGradients
 from diffcal.attribution.gradient_vmap import VmapGradients
@@ -104,7 +105,7 @@ def test_rows_of_several_entries(name, kind):
 def test_half_precision_stays_near(kind, normalise):
     """bfloat16 autocast of the network and of the products that make sketches: directions stay."""
     half, full = unet("bfloat16"), unet()
-    config = FeatureConfig(
+    config = mean_features(
         timesteps=5, normalise=normalise, projection=ProjectionConfig(kind=kind, dim=256)
     )
     generator = torch.Generator().manual_seed(0)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from gradient_models import liven, unet
+from gradient_models import liven, mean_features, unet
 
 from diffcal.attribution.feature_shards import shard_ranges
 from diffcal.attribution.feature_store import FeatureStore
-from diffcal.attribution.featurise import FeatureConfig, Featuriser
+from diffcal.attribution.featurise import Featuriser
 from diffcal.attribution.kernel import fit_kernel
 from diffcal.attribution.projection import ProjectionConfig
 from diffcal.attribution.score_config import ScoreConfig, score_features
@@ -15,7 +15,7 @@ from diffcal.attribution.topk import top_scores
 from diffcal.diffusion.diffusers_denoisers import UNet2DDenoiser
 from diffcal.errors import ArtifactError
 
-CONFIG = FeatureConfig(timesteps=2, projection=ProjectionConfig(kind="sjlt", dim=256))
+CONFIG = mean_features(timesteps=2, projection=ProjectionConfig(kind="sjlt", dim=256))
 
 
 def small():
@@ -63,7 +63,7 @@ def test_features_of_another_model_are_refused_by_name(tmp_path):
     with pytest.raises(ArtifactError, match=r"\(model: '\w+' there, '\w+' here\)"):
         store.require_spec(Featuriser(UNet2DDenoiser(other.module, DDPMScheduler()), CONFIG).spec)
     noisier = Featuriser(
-        small(), FeatureConfig(timesteps=2, noise="slot", projection=CONFIG.projection)
+        small(), mean_features(timesteps=2, noise="slot", projection=CONFIG.projection)
     )
     with pytest.raises(ArtifactError, match=r"spec\.noise: 'shared' there, 'slot' here"):
         FeatureStore.create(tmp_path, spec=noisier.spec, dim=noisier.dim)

@@ -15,8 +15,9 @@ from diffcal.config import config_from_dict
 from diffcal.errors import ConfigError, DataError
 
 EXPECTED = {
-    "das": ("mean", "shared", True, "square"),
-    "das-stacked": ("random-signs", "shared", True, "square"),
+    "das": ("all-outputs", "shared", True, "square"),
+    "das-signs": ("random-signs", "shared", True, "square"),
+    "das-mean": ("mean", "shared", True, "square"),
     "das-official": ("mean", "slot", True, "square"),
     "dtrak": ("mean-squared-l2-norm", "slot", False, "signed"),
     "trak": ("loss", "slot", False, "signed"),
@@ -37,7 +38,17 @@ def test_every_method_is_there():
         *("empirical-influence", "datamodel"),
     }
     assert set(GRADIENTS) == {
-        *("das", "das-stacked", "das-official", "dtrak", "trak", "journey-trak", "tracincp", "gas"),
+        *(
+            "das",
+            "das-signs",
+            "das-mean",
+            "das-official",
+            "dtrak",
+            "trak",
+            "journey-trak",
+            "tracincp",
+            "gas",
+        ),
         *("relative-influence", "renormalised-influence", "gradient-dot", "gradient-cosine"),
     }
 
@@ -52,7 +63,7 @@ def test_every_preset_is_accepted_by_featuriser_and_scorer(name):
     if name in EXPECTED:
         found = features.functional, features.noise, features.normalise, scores.readout
         assert found == EXPECTED[name]
-    if name not in ("das", "das-stacked") and scores.method == "kernel":
+    if name not in ("das", "das-signs", "das-mean") and scores.method == "kernel":
         assert scores.damping_grid == OFFICIAL_DAMPINGS
         assert scores.damping in scores.damping_grid
 
@@ -74,9 +85,11 @@ def test_scores_of_a_preset_are_what_its_settings_say(name):
         blocks = dot_blocks if config.method == "dot" else cosine_blocks
         expected = collect(blocks(queries, rows))
     else:
-        mean_square = float(rows.square().sum(1).mean())
-        relative = config.damping_rule == "relative"
-        damping = config.damping * (mean_square if relative else 1)
+        values = torch.linalg.eigvalsh(rows.T @ rows)
+        rest = values[:-1].sum() / (len(rows) - 1)
+        units = {"relative": values.sum() / len(rows), "rest": rest, "absolute": 1.0}
+        unit = float(units[config.damping_rule])
+        damping = config.damping * unit
         expected = kernel_scores(
             kernel,
             queries,
@@ -88,9 +101,7 @@ def test_scores_of_a_preset_are_what_its_settings_say(name):
             dtype=torch.float64,
         )
         grid = config.absolute_grid(kernel)
-        assert grid == pytest.approx(
-            [value * (mean_square if relative else 1) for value in config.damping_grid]
-        )
+        assert grid == pytest.approx([value * unit for value in config.damping_grid])
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from gradient_models import dit, edm, liven, tiny_unet
+from gradient_models import dit, edm, liven, mean_features, tiny_unet
 from test_featurising import SKETCH, WHOLE, clean_samples
 
 from diffcal.attribution.featurise import FeatureConfig, Featuriser
@@ -32,7 +32,7 @@ def test_random_signs_written_out(method, normalise):
     """One backward pass of ``mean(s o)`` for each (sample, timestep), with the signs of the timestep."""
     denoiser = edm(label_dim=0)
     clean = clean_samples(denoiser, 2)
-    config = FeatureConfig(
+    config = mean_features(
         functional="random-signs", timesteps=TIMESTEPS, normalise=normalise, projection=WHOLE
     )
     featuriser = Featuriser(denoiser, config, method=method, batch_rows=4)
@@ -66,7 +66,7 @@ def test_stacked_timesteps_written_out(functional, normalise):
     clean = clean_samples(denoiser, 3)
 
     def features(timesteps, combine, batch_rows=64):
-        config = FeatureConfig(
+        config = mean_features(
             functional=functional,
             timesteps=timesteps,
             normalise=normalise,
@@ -95,7 +95,7 @@ def test_stacked_kernel_is_the_mean_of_the_timesteps_kernels():
     clean = clean_samples(denoiser, 3)
 
     def features(timesteps, **options):
-        config = FeatureConfig(timesteps=timesteps, **options)
+        config = mean_features(timesteps=timesteps, **options)
         return Featuriser(denoiser, config, method="vmap")(clean, range(3)).vectors.double()
 
     apart = [features((t,), projection=WHOLE) for t in TIMESTEPS]
@@ -116,7 +116,7 @@ def test_stacked_kernel_is_the_mean_of_the_timesteps_kernels():
 def test_latents_and_classes_have_signs_of_their_own_shape():
     transformer = dit()
     latents = transformer.encode(torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8))
-    config = FeatureConfig(
+    config = mean_features(
         functional="random-signs", combine="stack", timesteps=2, projection=SKETCH
     )
     fused, loop = (
@@ -130,14 +130,14 @@ def test_latents_and_classes_have_signs_of_their_own_shape():
 
 def test_what_decides_the_signs_is_in_the_specification():
     denoiser = edm(label_dim=0)
-    plain = Featuriser(denoiser, FeatureConfig(projection=SKETCH)).spec
+    plain = Featuriser(denoiser, mean_features(projection=SKETCH)).spec
     assert "combine" not in plain  # as in stores that know no such choice
-    stacked = Featuriser(denoiser, FeatureConfig(projection=SKETCH, combine="stack")).spec
+    stacked = Featuriser(denoiser, mean_features(projection=SKETCH, combine="stack")).spec
     assert {key for key in stacked if plain.get(key) != stacked[key]} == {"combine"}
-    signs = FeatureConfig(projection=SKETCH, functional="random-signs")
+    signs = mean_features(projection=SKETCH, functional="random-signs")
     assert Featuriser(denoiser, signs).spec["functional"] == "random-signs"
     clean = clean_samples(denoiser, 2)
-    other = FeatureConfig(projection=SKETCH, functional="random-signs", noise_seed=1)
+    other = mean_features(projection=SKETCH, functional="random-signs", noise_seed=1)
     first, second = (Featuriser(denoiser, c)(clean, [0, 1]).vectors for c in (signs, other))
     assert float((first - second).norm()) > 0.1 * float(first.norm())
 
@@ -155,7 +155,7 @@ def test_signs_where_they_mean_nothing_are_refused():
     ):
         plain.inputs(clean, clean, sigma, torch.ones(2), signs=clean)
     for options in ({"combine": "stack"}, {"functional": "random-signs"}):
-        config = FeatureConfig(sigmas=(2.0, 1.0), projection=SKETCH, **options)
+        config = mean_features(sigmas=(2.0, 1.0), projection=SKETCH, **options)
         with pytest.raises(ConfigError, match="noise levels of its own"):
             path_features(Featuriser(denoiser, config), torch.stack([clean, clean]), [0, 1])
     with pytest.raises(ConfigError, match="combine"):

@@ -55,7 +55,11 @@ def test_samples_have_the_scale_of_the_data():
 def test_features_are_gradients_of_the_module():
     d = denoiser()
     config = FeatureConfig(
-        timesteps=(500,), normalise=False, projection=ProjectionConfig(kind="identity")
+        functional="mean",
+        combine="mean",
+        timesteps=(500,),
+        normalise=False,
+        projection=ProjectionConfig(kind="identity"),
     )
     clean = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     found = {

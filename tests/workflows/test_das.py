@@ -38,6 +38,8 @@ from diffcal.workflows.das_score import QueryConfig, ScoreRunConfig, score_queri
 SMALL = [
     "data.rows=60",
     "features.timesteps=[400]",
+    "features.functional=mean",
+    "features.combine=mean",
     "features.params=dec.8x8_block1",
     "features.projection.dim=128",
     "store.shard_rows=12",
@@ -67,7 +69,7 @@ def test_scores_are_those_of_the_formula_on_the_stored_features(index, tmp_path)
     (queries,) = (index / "queries").iterdir()
     psi = FeatureStore.open(queries).rows().double()
     gram = phi.T @ phi
-    damping = 0.1 * gram.diagonal().sum() / 60
+    damping = 20.0 * torch.linalg.eigvalsh(gram)[:-1].sum() / 59
     scores = (psi @ torch.linalg.solve(gram + damping * torch.eye(128).double(), phi.T)).square()
     rows = rows_of(tmp_path / "s/scores.parquet")
     found = torch.zeros(5, 60, dtype=torch.float64)
@@ -258,7 +260,7 @@ def test_methods_by_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["index", "--preset", "digit"], "unknown preset 'digit'; known: das, das-stacked"),
+        (["index", "--preset", "digit"], "unknown preset 'digit'; known: das, das-signs, das-mean"),
         (["index", "--set", "method=datamodels"], "unknown method 'datamodels': use das"),
         (["index", "--set", "features.timestep=3"], "did you mean 'timesteps'"),
         (["index", "--model", "nowhere"], "checkpoint 'nowhere' is missing"),

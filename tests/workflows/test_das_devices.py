@@ -13,7 +13,6 @@ from diffcal.workflows.das_index import AttributionIndex
 SMALL = [
     "data.rows=16",
     "features.timesteps=[400]",
-    "features.params=dec.8x8_block1",
     "features.projection.dim=64",
     "store.shard_rows=8",
     "store.dtype=float32",

@@ -43,7 +43,6 @@ def index(tmp_path_factory):
         "data.first_row=10",
         f"data.rows={ROWS}",
         "features.timesteps=[400]",
-        "features.params=dec.8x8_block1",
         "features.projection.dim=64",
     ]
     das.index(das.das_config("das", settings), folder / "index", device="cpu")

@@ -19,7 +19,6 @@ from diffcal.workflows.das_lds_config import LdsConfig
 SMALL = [
     "model.source=bundled:digits",
     "features.timesteps=[400]",
-    "features.params=dec.8x8_block1",
     "features.projection.dim=64",
 ]
 TINY_LDS = [
@@ -36,7 +35,6 @@ TINY_LDS = [
     "queries.sampler.steps=2",
     "losses.timesteps=1",
     "features.timesteps=1",
-    "features.params=dec.8x8_block1",
     "features.projection.dim=16",
     "resamples=5",
     "methods=['das','tracincp']",

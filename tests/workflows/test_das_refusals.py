@@ -20,6 +20,8 @@ from diffcal.workflows import das
 SMALL = [
     "data.rows=24",
     "features.timesteps=[400]",
+    "features.functional=mean",
+    "features.combine=mean",
     "features.params=dec.8x8_block1",
     "features.projection.dim=64",
     "store.shard_rows=6",

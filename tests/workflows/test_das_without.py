@@ -17,7 +17,6 @@ from diffcal.workflows.das_without import describe_ids
 SMALL = [
     "model.source=bundled:digits",
     "features.timesteps=[400]",
-    "features.params=dec.8x8_block1",
     "features.projection.dim=64",
     "store.shard_rows=10",
     "store.dtype=float32",
