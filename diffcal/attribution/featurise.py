@@ -1,4 +1,4 @@
-"""Attribution features: per-sample gradients at several timesteps, normalised, averaged, projected."""
+"""Attribution features: per-sample rows at several timesteps, normalised, put together, projected."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +58,8 @@ class FeatureConfig:
     timesteps: int | tuple[int, ...] = 10
     """How many, placed by ``strategy``, or the timesteps themselves."""
     strategy: TimestepStrategy = "uniform"
+    """See :func:`~.timesteps.timestep_grid`. A single one is 0 by ``uniform``, where nothing is noise
+    and little is seen: take ``centred`` for it (500)."""
     sigmas: tuple[float, ...] | None = None
     """Noise levels instead of timesteps."""
     noise: NoisePolicy = "shared"

@@ -15,7 +15,7 @@ from diffcal.errors import ConfigError
 
 __all__ = ["NoiseLevels", "TimestepStrategy", "elbo_weights", "noise_levels", "timestep_grid"]
 
-TimestepStrategy = Literal["uniform", "cumulative", "released"]
+TimestepStrategy = Literal["centred", "uniform", "cumulative", "released"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ def timestep_grid(
 ) -> tuple[int, ...]:
     """``count`` timesteps of a table of ``total``.
 
+    - ``centred``: the middle of each of ``count`` equal parts, ``floor((2i + 1) total / (2 count))``:
+      500 for one, 250 and 750 for two;
     - ``uniform``: ``floor(i total / count)``, which is ``range(0, total, total // count)`` where
       ``count`` divides ``total``;
     - ``cumulative``: the first ``count``;
@@ -46,13 +48,17 @@ def timestep_grid(
     """
     if not 1 <= count <= total:
         raise ConfigError(f"number of timesteps must be between 1 and {total}, got {count}")
+    if strategy == "centred":
+        return tuple((2 * i + 1) * total // (2 * count) for i in range(count))
     if strategy == "uniform":
         return tuple(i * total // count for i in range(count))
     if strategy == "cumulative":
         return tuple(range(count))
     if strategy == "released":
         return tuple(range(0, total, total // count))
-    raise ConfigError(f"unknown timesteps '{strategy}': use uniform, cumulative or released")
+    raise ConfigError(
+        f"unknown timesteps '{strategy}': use centred, uniform, cumulative or released"
+    )
 
 
 def elbo_weights(alphas: Float64[Tensor, " t"]) -> Float64[Tensor, " t"]:

@@ -8,15 +8,17 @@
 
 Stages, each an artefact that the next one reads:
 
-1. index: for each training image the gradient of a functional of the model's output, averaged over
-   timesteps and projected (das.md, sections 2 and 4), and the kernel of all of them;
+1. index: for each training image, at several timesteps, what the output layer sees of it or the
+   gradient of a functional of the model's output (das.md, sections 2 and 4), projected, and the kernel
+   of all of them;
 2. score: the same features of the queries, and ``(ψᵀ (K + λI)⁻¹ φ)²`` against every training image;
 3. explain: the images themselves beside each other;
 4. lds: does it hold? Models trained on random halves of the data say (``diffcal das lds``);
 5. counterfactual: retrain without the images on top, draw the query again, and compare.
 
-Source: Lin et al. 2025, "Diffusion Attribution Score" (arXiv:2410.18639). The default deviates: one
-noise shared by all images, a sparse sketch, relative damping; ``das_config("das-official")`` has the
+Source: Lin et al. 2025, "Diffusion Attribution Score" (arXiv:2410.18639). The default deviates: all
+outputs at once with respect to the output layer, one noise shared by all images, timesteps side by
+side, a sparse sketch, a damping in units of the kernel; ``das_config("das-official")`` has the
 published settings, ``dtrak`` and ``trak`` the methods it is compared with.
 """
 

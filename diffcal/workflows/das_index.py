@@ -204,6 +204,7 @@ class AttributionIndex:
                 f"'{folder}' is an index of {len(manifest['models'])} models; open_index opens it"
             )
         values = manifest["config"]
+        values["features"].setdefault("combine", "mean")  # before there was a choice
         if model is not None:
             values["model"]["source"] = model
         if data is not None:

@@ -112,6 +112,11 @@ def test_golden_timesteps():
     assert len(timestep_grid(100)) == case["len_uniform_100"]
     assert len(timestep_grid(30, "released")) == case["len_uniform_30_released"]
     assert list(timestep_grid(10, "cumulative")) == case["cumulative_10"]
+    assert [timestep_grid(n, "centred") for n in (1, 2, 4)] == [
+        (500,),
+        (250, 750),
+        (125, 375, 625, 875),
+    ]
     assert len(timestep_grid(30)) == 30  # ours has as many as were asked for
     for count in (1, 2, 8, 1000):
         assert timestep_grid(count, "released") == timestep_grid(count)

@@ -206,6 +206,15 @@ def test_killed_and_by_two_processes_the_bytes_are_the_same(index, tmp_path):
     assert len(hashes(index)) == 5 + 4  # configuration, manifest, kernel and its note
 
 
+def test_an_index_from_before_timesteps_could_be_stacked_is_opened(index, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(index, old)
+    manifest = json.loads((old / "manifest.json").read_text())
+    assert manifest["config"]["features"].pop("combine") == "mean"
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    das.score(old, "digits", tmp_path / "s", rows=1, device="cpu")
+
+
 def test_another_model_and_changed_images_are_refused_by_name(index, tmp_path):
     network = load_denoiser("bundled:digits").network
     with torch.no_grad():
