@@ -18,6 +18,7 @@ from diffcal.attribution.gradients import (
     PerSampleGradients,
     requiring_grad,
 )
+from diffcal.attribution.parameters import Layout
 from diffcal.attribution.projection import IdentityProjection, ProjectionConfig, Projector
 from diffcal.attribution.projectors import spread_projector
 from diffcal.errors import ConfigError
@@ -65,7 +66,7 @@ class OutputLayerRows(PerSampleGradients):
         super().__init__(module, objective, parameters, norms=norms)
         self._projection, self._made = projection, _NOTHING
         self.layer: tuple[str, ...] = ()
-        """Parameters of the output layer, once a batch has been seen."""
+        """Parameters of the output layer, and what ``layout`` is of, once a batch has been seen."""
 
     def _compute(self, inputs: tuple[Tensor, ...], entries: int) -> GradientBatch:
         if not self.layer:
@@ -76,6 +77,7 @@ class OutputLayerRows(PerSampleGradients):
                     type(self.module).__name__, "none of the chosen parameters is a layer's weight"
                 )
             self.layer = finder.found
+            self.layout = Layout.of({n: tuple(self.parameters[n].shape) for n in self.layer})
         layer = {name: self.parameters[name] for name in self.layer}
         listener = _Rows(type(self.module).__name__, self.layer[-1], inputs[0][0].numel())
         values, extras, uses = self._pass(listener, inputs, layer)
