@@ -53,6 +53,12 @@ def assert_same_features(there, here, tolerance=1e-4):
         torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * size)
 
 
+@pytest.mark.parametrize("make", [unet, edm, dit])
+def test_rows_of_all_outputs_are_those_of_the_cpu(make):
+    options = {"functional": "all-outputs", "combine": "stack"}
+    assert_same_features(features("cuda", make, **options), features("cpu", make, **options))
+
+
 @pytest.mark.parametrize(
     "kind", ["sjlt", "factorised_sjlt", "factorised", "mask_sjlt", "gaussian", "rademacher"]
 )
