@@ -8,6 +8,8 @@ forward and backward pass with weight gradients and is what the ratios divide by
 
 - ``sketched``: fused, layers sketched by two factors and then SJLT, no weight gradients formed;
 - ``exact_sjlt``: fused, each layer's per-sample gradient formed, its norm taken, projected by SJLT;
+- ``outputs``: rows of the kernel of all outputs by the output layer, SJLT (the default of ``das``), for
+  which there is nothing to differentiate;
 - ``vmap_sjlt``: ``torch.func.vmap(grad)`` and the same SJLT;
 - ``forward``: a forward pass without gradients.
 
@@ -31,13 +33,15 @@ from _environment import environment
 from diffusers import DDPMScheduler, UNet2DModel
 
 from diffcal.attribution.gradient_fused import FusedGradients
+from diffcal.attribution.gradient_outputs import OutputLayerRows
 from diffcal.attribution.gradient_vmap import VmapGradients
 from diffcal.attribution.outputs import DenoiserObjective
 from diffcal.attribution.projection import ProjectionConfig, Projector
 from diffcal.attribution.projectors import make_projector
+from diffcal.core.rng import item_signs
 from diffcal.diffusion.diffusers_denoisers import UNet2DDenoiser
 
-METHODS = ("forward", "step", "sketched", "exact_sjlt", "vmap_sjlt")
+METHODS = ("forward", "step", "outputs", "sketched", "exact_sjlt", "vmap_sjlt")
 NETWORKS: dict[str, dict[str, Any]] = {
     "cifar": {  # the network of D-TRAK and DAS: 38.3 million parameters
         "block_out_channels": (128, 256, 256, 256),
@@ -94,6 +98,14 @@ def make_methods(
         module.zero_grad()
         objective(*inputs)[0].mean().backward()
 
+    def outputs() -> Callable[[], object]:
+        whole = DenoiserObjective(objective.denoiser, "all-outputs")
+        sketch = ProjectionConfig(kind="sjlt", dim=dim)
+        engine = OutputLayerRows(module, whole, parameters, sketch)
+        shape = tuple(inputs[0].shape[1:])
+        signs = item_signs(0, "benchmark", 0, shape).to(inputs[0]).expand_as(inputs[0])
+        return lambda: engine(*inputs, signs)
+
     makers: dict[str, Callable[[], Callable[[], object]]] = {
         "forward": lambda: forward,
         "step": lambda: step,
@@ -105,6 +117,7 @@ def make_methods(
         "exact_sjlt": lambda: bind(
             FusedGradients(module, objective, parameters, projector("sjlt"))
         ),
+        "outputs": outputs,
         "vmap_sjlt": lambda: bind(VmapGradients(module, objective, parameters, projector("sjlt"))),
     }
 

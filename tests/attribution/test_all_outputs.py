@@ -223,11 +223,10 @@ def test_a_layer_that_acts_twice_is_refused():
 
 
 def test_adapters_alone_are_refused_with_what_to_do():
-    from peft import LoraConfig
-
+    peft = pytest.importorskip("peft")
     module = tiny_text_unet()
     module.requires_grad_(False)
-    module.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    module.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
 
     class Text:
         def __init__(self):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import os
 import re
 import signal
