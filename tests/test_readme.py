@@ -90,6 +90,10 @@ def test_speed_figures():
     gradients = json.loads((ROOT / "benchmarks/gradient_speed.json").read_text("utf-8"))
     for method in ("sketched", "exact_sjlt"):
         assert f"{gradients['over_step'][method]['median']:.2f}" in README
+    outputs = json.loads((ROOT / "benchmarks/gradient_speed_outputs.json").read_text("utf-8"))
+    part = {name: values["median"] for name, values in outputs["over_step"].items()}
+    assert "cost {outputs:.2f}, no more than a forward pass ({forward:.2f};".format(**part) in text
+    assert "cost {sketched:.2f} and exact ones {exact_sjlt:.2f})".format(**part) in text
     peers = json.loads((ROOT / "benchmarks/attribution_peers.json").read_text("utf-8"))["results"]
     for shown, columns in (("512", "512"), ("4 096", "4096")):
         ratio = {
