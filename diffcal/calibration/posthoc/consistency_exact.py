@@ -101,7 +101,7 @@ def _descending(z: Float[Tensor, "b k"]) -> Int[Tensor, "b k"]:
 
 def _uniform_of_sorted(u: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
     active = (u > -1).sum(dim=1)
-    by_active = active.argsort()  # rows with equally many classes side by side
+    by_active = _grouped(active)  # rows with equally many classes side by side
     u = u.index_select(0, by_active)
     probs = torch.zeros_like(u)
     start = 0
@@ -115,6 +115,15 @@ def _uniform_of_sorted(u: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
             probs[part, :count] = law(u[part, :count])
         start += rows
     return torch.empty_like(probs).index_copy_(0, by_active, probs)
+
+
+def _grouped(counts: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """Rows in the order of their counts."""
+    few = counts.device.type == "cpu" and not torch.compiler.is_compiling()
+    if few and len(counts) and int(counts.max()) < 256:
+        # Bytes are sorted by counting them.
+        return torch.from_numpy(counts.to(torch.uint8).numpy().argsort(kind="stable"))
+    return counts.argsort()
 
 
 def _uniform_of_few(u: Float[Tensor, "b i"]) -> Float[Tensor, "b i"]:
