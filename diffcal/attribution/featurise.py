@@ -360,6 +360,8 @@ class Featuriser:
         key = (shape, device)
         if key not in self._output_signs:
             seed, timesteps = self.config.noise_seed, self.levels.timesteps
+            if self.config.functional == ALL_OUTPUTS:  # they mark outputs, the same everywhere
+                timesteps = timesteps[:1] * len(timesteps)
             drawn = [item_signs(seed, "attribution-signs", t, shape) for t in timesteps]
             self._output_signs[key] = torch.stack(drawn).to(device)
         return self._output_signs[key]

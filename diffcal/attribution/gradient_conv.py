@@ -75,19 +75,7 @@ class ConvPart(Part):
         geometry, x = self._geometry, widened(self.saved)
         weight = x.new_ones(()).expand(self._weight_shape)
         # The counts are the gradient of the sum of used outputs where all weights are 1.
-        counts = torch.ops.aten.convolution_backward(
-            used.to(x.dtype),
-            x[:1],
-            weight,
-            None,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.output_padding is not None,
-            geometry.output_padding or (0,) * len(geometry.kernel),
-            geometry.groups,
-            (True, False, False),
-        )[0]
+        counts = _backward(used.to(x.dtype), x[:1], weight, geometry, of_input=True)
         return x * counts.round().sqrt()
 
     @property
@@ -123,22 +111,30 @@ def weight_gradients(
     """
     weight = x.new_empty(1).expand(shape)
     parts = [
-        torch.ops.aten.convolution_backward(
-            one_g,
-            one_x,
-            weight,
-            None,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.output_padding is not None,
-            geometry.output_padding or (0,) * len(geometry.kernel),
-            geometry.groups,
-            (False, True, False),
-        )[1]
+        _backward(one_g, one_x, weight, geometry, of_input=False)
         for one_x, one_g in zip(x.tensor_split(rows), g.tensor_split(rows), strict=True)
     ]
     return widened(torch.stack(parts))
+
+
+def _backward(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, *, of_input: bool
+) -> Tensor:
+    """The library's gradient of the input, or of the weight."""
+    found = torch.ops.aten.convolution_backward(
+        g,
+        x,
+        weight,
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.output_padding is not None,
+        geometry.output_padding or (0,) * len(geometry.kernel),
+        geometry.groups,
+        (of_input, not of_input, False),
+    )
+    return found[0 if of_input else 1]
 
 
 def _summed(entries: Tensor, rows: int) -> Tensor:

@@ -19,13 +19,12 @@ from diffcal.attribution.gradients import (
     requiring_grad,
 )
 from diffcal.attribution.parameters import Layout
-from diffcal.attribution.projection import IdentityProjection, ProjectionConfig, Projector
+from diffcal.attribution.projection import IdentityProjection, ProjectionConfig
 from diffcal.attribution.projectors import spread_projector
+from diffcal.core.tensors import require_finite
 from diffcal.errors import ConfigError
 
 __all__ = ["OutputLayerRows"]
-
-_NOTHING: Projector = IdentityProjection(0)
 
 
 @final
@@ -39,10 +38,11 @@ class OutputLayerRows(PerSampleGradients):
 
     The first batch finds the layer: the last linear or convolutional layer of ``parameters`` that acts.
     Every batch then checks, by a backward pass that ends at that layer, that the outputs are the
-    layer's own up to one factor (and a choice among them, as where a variance is predicted too).
+    layer's own up to a factor of the row (and a choice among them, as where a variance is predicted
+    too), in places that are the same for all rows.
 
     Args:
-        objective: A denoiser's with the functional ``all-outputs``.
+        objective: A denoiser's with the functional ``all-outputs``, the same signs in every row.
         parameters: Among which the output layer must be; its weight alone if its bias is not.
         projection: Of the rows, by the number of their coordinates (``spread_projector``); None: whole
             rows.
@@ -64,7 +64,8 @@ class OutputLayerRows(PerSampleGradients):
         norms: NormKind = "exact",
     ) -> None:
         super().__init__(module, objective, parameters, norms=norms)
-        self._projection, self._made = projection, _NOTHING
+        self._projection, self._coordinates = projection, 0
+        self._pattern: Tensor | None = None
         self.layer: tuple[str, ...] = ()
         """Parameters of the output layer, and what ``layout`` is of, once a batch has been seen."""
 
@@ -79,24 +80,28 @@ class OutputLayerRows(PerSampleGradients):
             self.layer = finder.found
             self.layout = Layout.of({n: tuple(self.parameters[n].shape) for n in self.layer})
         layer = {name: self.parameters[name] for name in self.layer}
-        listener = _Rows(type(self.module).__name__, self.layer[-1], inputs[0][0].numel())
+        listener = _Rows(
+            type(self.module).__name__, self.layer[-1], inputs[0][0].numel(), self._pattern
+        )
         values, extras, uses = self._pass(listener, inputs, layer)
         if listener.rows is None or uses != dict.fromkeys(self.layer, 1):
             raise _acts_otherwise(type(self.module).__name__, self.layer[-1])
+        self._pattern = listener.pattern
         rows = by_rows(listener.rows, len(inputs[0]) // entries).sum(dim=1).to(self.dtype)
-        projector = self._projector(rows.shape[1])
-        vectors = projector.project(rows)
+        self._make_projector(rows.shape[1])
+        vectors = self.projector.project(rows)
         norms = (vectors if self.norms == "projected" else rows).norm(dim=1)
         return GradientBatch(vectors, norms, values, extras)
 
-    def _projector(self, coordinates: int) -> Projector:
-        if self._made.num_params != coordinates:
-            self._made = (
-                IdentityProjection(coordinates)
-                if self._projection is None
-                else spread_projector(self._projection, coordinates)
-            )
-        return self._made
+    def _make_projector(self, coordinates: int) -> None:
+        if self._coordinates == coordinates:
+            return
+        self._coordinates = coordinates
+        self.projector = (
+            IdentityProjection(coordinates)
+            if self._projection is None
+            else spread_projector(self._projection, coordinates)
+        )
 
     def _pass(
         self,
@@ -127,11 +132,16 @@ class _Finder:
 
 
 class _Rows:
-    """Forms the rows where the output layer is reached."""
+    """Forms the rows where the output layer is reached.
 
-    def __init__(self, module: str, name: str, outputs: int) -> None:
+    Args:
+        pattern: What the signs of the outputs became in an earlier batch.
+    """
+
+    def __init__(self, module: str, name: str, outputs: int, pattern: Tensor | None) -> None:
         self._module, self._name, self._outputs = module, name, outputs
         self.rows: Float[Tensor, "e p"] | None = None
+        self.pattern = pattern
 
     @torch.no_grad()
     def listen(self, parts: list[Part], g: Tensor) -> None:
@@ -141,18 +151,22 @@ class _Rows:
             raise _acts_otherwise(self._module, self._name)
         if weight.is_changed:
             raise _refusal(self._module, f"the input of '{self._name}' is overwritten")
-        size = g.abs().flatten(1)
-        factor = widened(size.amax(dim=1))
-        used = g != 0
-        alike = bool(((size == factor[:, None]) | (size == 0)).all() & (used == used[:1]).all())
-        if not alike or int(used[0].sum()) != self._outputs:
+        require_finite(g, "what the outputs became")
+        factor = g.abs().flatten(1).amax(dim=1)
+        # All rows have the same signs: where these arrive must not depend on the image (as after abs).
+        signs = g / factor.reshape(-1, *(1,) * (g.ndim - 1))
+        if self.pattern is None or self.pattern.shape[1:] != g.shape[1:]:
+            self.pattern = signs[:1]
+        used = self.pattern != 0
+        alike = bool((signs == self.pattern).all() & (self.pattern.abs() == used).all())
+        if not alike or int(used.sum()) != self._outputs:
             raise _refusal(
                 self._module, f"its outputs are not those of the last layer, '{self._name}'"
             )
-        rows = widened(weight.counted_input(used[:1])).flatten(1)
+        rows = widened(weight.counted_input(used)).flatten(1)
         if len(parts) > 1:
             rows = torch.cat([rows, rows.new_full((len(rows), 1), self._outputs**0.5)], dim=1)
-        self.rows = rows * factor[:, None].to(rows)
+        self.rows = rows * widened(factor)[:, None]
 
 
 def _weight(parts: list[Part]) -> ConvPart | OuterPart | None:

@@ -15,7 +15,7 @@ from diffcal.attribution.parameters import select_parameters
 from diffcal.attribution.projection import ProjectionConfig
 from diffcal.attribution.projectors import spread_projector
 from diffcal.core.rng import item_normal, item_signs
-from diffcal.errors import ConfigError
+from diffcal.errors import ConfigError, NumericalError
 
 TIMESTEPS = (0, 400, 900)
 
@@ -196,6 +196,8 @@ def test_weights_and_flags_are_left_alone():
         (torch.tanh, "all", "not those of the last layer, 'layer.weight'"),
         (lambda y: y.cumsum(dim=3), "all", "not those of the last layer"),
         (lambda y: y * torch.arange(1.0, 7.0), "all", "not those of the last layer"),
+        (torch.abs, "all", "not those of the last layer"),  # every size is right, but not the signs
+        (torch.relu, "all", "not those of the last layer"),
         (None, "first", "not those of the last layer, 'first.weight'"),
         (None, "re:layer.bias", "none of the chosen parameters is a layer's weight"),
     ],
@@ -242,6 +244,24 @@ def test_adapters_alone_are_refused_with_what_to_do():
     engine = OutputLayerRows(module, Text(), select_parameters(module), None)
     with pytest.raises(ConfigError, match=r"methods das-signs and das-mean"):
         engine(x, torch.ones(2), x, torch.ones(2), torch.ones_like(x))
+
+
+def test_a_network_that_turns_signs_is_refused_in_a_later_batch_of_one():
+    """A row alone has no other to differ from: the pattern of the first batch stays."""
+    module = Unusual(nn.Conv2d(4, 4, 3, padding=1), after=torch.abs)
+    x = torch.randn(2, 4, 6, 6)
+    signs = item_signs(0, "test", 0, (4, 6, 6))[None]
+    engine = OutputLayerRows(module, Objective(module), select_parameters(module, "all"), None)
+    one = torch.ones(1)
+    engine(x[:1], one, x[:1], one, signs)
+    with pytest.raises(ConfigError, match="not those of the last layer"):
+        engine(x[1:], one, x[1:], one, signs)
+
+
+def test_outputs_that_are_not_numbers_are_no_rows():
+    module = Unusual(nn.Conv2d(4, 4, 3, padding=1), after=lambda y: y * float("nan"))
+    with pytest.raises(NumericalError):
+        rows_of(module, torch.randn(2, 4, 6, 6))
 
 
 @pytest.mark.parametrize(
