@@ -61,7 +61,7 @@ def judge(toy: Toy, work: Path) -> tuple[Judge, dict[str, Any]]:
             return
         rows = read_rows(work, toy, features, kind)
         start = PRESETS[preset or "das-mean"]["scores"]
-        scale = _sketch_scale(preset) if kind == "exact" else 1.0
+        scale = sketch_scale(preset) if kind == "exact" else 1.0
         judge.kernel(
             name,
             rows["training"] * scale,
@@ -115,7 +115,7 @@ def judge(toy: Toy, work: Path) -> tuple[Judge, dict[str, Any]]:
     }
 
 
-def _sketch_scale(preset: str | None) -> float:
+def sketch_scale(preset: str | None) -> float:
     """What a dense sketch of unit variance multiplies lengths by: sqrt(k).
 
     Published presets are given exact gradients of that scale, so that their absolute dampings mean what
@@ -198,4 +198,4 @@ def _gaps(judge: Judge, absent: set[str]) -> list[dict[str, Any]]:
     ]
 
 
-__all__ = ["judge"]
+__all__ = ["judge", "sketch_scale"]

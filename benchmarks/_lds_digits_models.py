@@ -100,11 +100,11 @@ def labels_of(first: int, count: int) -> Tensor:
     return torch.tensor(labels[order], dtype=torch.long)
 
 
-def subset_masks_of_recipe(count: int, n: int = 300) -> Tensor:
-    """Halves of the training set: the first half of each permutation that RandomState(7) draws."""
+def subset_masks_of_recipe(count: int, n: int = 300, draw: int = 7) -> Tensor:
+    """Halves of the training set: the first half of each permutation that RandomState(draw) draws."""
     from numpy.random import RandomState
 
-    generator, masks = RandomState(7), torch.zeros(count, n, dtype=torch.bool)
+    generator, masks = RandomState(draw), torch.zeros(count, n, dtype=torch.bool)
     for row in masks:
         row[torch.from_numpy(generator.permutation(n)[: n // 2].copy())] = True
     return masks

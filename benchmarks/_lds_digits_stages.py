@@ -67,15 +67,15 @@ def prepare(toy: Toy, work: Path) -> None:
                 with _seconds(folder, f"models-{number:03d}"):
                     data = [images[masks[subset]] for subset, _ in group]
                     histories = train(toy.make, data, [seed for _, seed in group], toy.steps)
-                    _save(path, [history[-1] for history in histories])
+                    save_states(path, [history[-1] for history in histories])
             measured = folder / "losses" / path.name
             if not measured.exists():
                 with _seconds(folder, f"losses-{number:03d}"):
                     queries = torch.cat([queries_of(folder)[name] for name in TRACKS])
                     found = losses_of(
-                        toy.make, _load(path), queries, toy.loss_timesteps, toy.loss_noises
+                        toy.make, load_states(path), queries, toy.loss_timesteps, toy.loss_noises
                     )
-                    _save(measured, [{"losses": found}])
+                    save_states(measured, [{"losses": found}])
             bar.update(len(group))
 
 
@@ -84,7 +84,7 @@ TRACKS = ("validation", "generated")
 
 def base_states(toy: Toy, folder: Path) -> list[State]:
     """Weights of the attributed model at each of ``QUARTERS``."""
-    return _load(folder / "base.safetensors")
+    return load_states(folder / "base.safetensors")
 
 
 def queries_of(folder: Path) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ def _train_base(toy: Toy, folder: Path) -> None:
     if not path.exists():
         at = [round(toy.steps * share) for share in QUARTERS]
         (history,) = train(toy.make, [digits(0, TRAINING)], [BASE_SEED], toy.steps, at)
-        _save(path, history)
+        save_states(path, history)
 
 
 def _generate(toy: Toy, folder: Path) -> None:
@@ -137,7 +137,8 @@ def _generate(toy: Toy, folder: Path) -> None:
         partial.rename(path)
 
 
-def _save(path: Path, states: list[State]) -> None:
+def save_states(path: Path, states: list[State]) -> None:
+    """Write tensors of several models, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(
@@ -151,7 +152,8 @@ def _save(path: Path, states: list[State]) -> None:
     partial.rename(path)
 
 
-def _load(path: Path) -> list[State]:
+def load_states(path: Path) -> list[State]:
+    """What :func:`save_states` wrote."""
     states: dict[int, State] = {}
     for key, tensor in load_file(path).items():
         index, _, name = key.partition(".")

@@ -39,7 +39,7 @@ from diffcal.attribution import (
 )
 from diffcal.attribution.readouts import read_out
 
-__all__ = ["READOUTS", "Judge", "figure", "markdown", "percent"]
+__all__ = ["READOUTS", "Judge", "figure", "gap_table", "markdown", "percent"]
 
 READOUTS = ("signed", "square", "signed_square", "abs")
 
@@ -323,6 +323,18 @@ def _cell(record: Record | None, by: str) -> str:
     if not isinstance(value, Mapping):
         return percent(value)
     return f"{percent(value['mean'])} [{percent(value['low'], 0)}, {percent(value['high'], 0)}]"
+
+
+def gap_table(gaps: Iterable[Record]) -> str:
+    """Paired differences as a table."""
+    lines = ["| queries | first | second | first - second |", "|---|---|---|---|"]
+    for gap in gaps:
+        first, second = (
+            f"{method} ({readout})" for method, readout in (gap["first"], gap["second"])
+        )
+        interval = f"{percent(gap['difference'])} [{percent(gap['low'])}, {percent(gap['high'])}]"
+        lines.append(f"| {gap['track']} | {first} | {second} | {interval} |")
+    return "\n".join(lines)
 
 
 def figure(

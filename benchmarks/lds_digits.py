@@ -20,7 +20,7 @@ from _environment import environment
 from _lds_digits_features import featurise
 from _lds_digits_judge import T, judge
 from _lds_digits_stages import TOYS, TRACKS, Toy, missing, prepare, seconds
-from _lds_methods import Record, figure, markdown, percent
+from _lds_methods import Record, figure, gap_table, markdown, percent
 
 from diffcal.core.runs import read_json, write_json, write_text
 
@@ -123,7 +123,7 @@ def tables(results: dict[str, Any]) -> str:
             markdown(_of(records, PRESETS), TRACKS, by="default"),
             *_absent(toy["not_judged"]),
             "### Comparisons of the protocol, paired",
-            _gap_table(toy["gaps"]),
+            gap_table(toy["gaps"]),
             "### Noise (exact features)",
             markdown(_of(records, NOISE), TRACKS),
             "### Functionals (exact features)",
@@ -148,17 +148,6 @@ def _absent(names: list[str]) -> list[str]:
 
 def _of(records: list[Record], names: tuple[str, ...]) -> list[Record]:
     return [record for name in names for record in records if record["method"] == name]
-
-
-def _gap_table(gaps: list[Record]) -> str:
-    lines = ["| queries | first | second | first - second |", "|---|---|---|---|"]
-    for gap in gaps:
-        first, second = (
-            f"{method} ({readout})" for method, readout in (gap["first"], gap["second"])
-        )
-        interval = f"{percent(gap['difference'])} [{percent(gap['low'])}, {percent(gap['high'])}]"
-        lines.append(f"| {gap['track']} | {first} | {second} | {interval} |")
-    return "\n".join(lines)
 
 
 def _control_table(records: list[Record]) -> str:
