@@ -9,7 +9,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,12 @@ from diffcal.attribution.featurise import FeatureConfig, Featuriser, GradientMet
 from diffcal.attribution.functionals import Outputs, resolve_functional
 from diffcal.attribution.kernel import fit_kernel
 from diffcal.attribution.noise import attribution_noise
+from diffcal.attribution.presets import PRESETS
 from diffcal.attribution.projection import ProjectionConfig
+from diffcal.attribution.score_config import ScoreConfig
 from diffcal.attribution.scores import kernel_scores
+from diffcal.attribution.timesteps import NoiseLevels
+from diffcal.config import config_from_dict
 from diffcal.diffusion.diffusers_unet import UNet2DDenoiser
 
 
@@ -91,7 +95,77 @@ def exact_scores(problem: Problem, train: Tensor, queries: Tensor) -> Tensor:
     return torch.linalg.solve(gram + damping * eye, (psi @ phi.mT).mT).mT
 
 
+def all_output_rows(problem: Problem, images: Tensor) -> Tensor:
+    """What the preset ``das`` compares, written out: unprojected, ``[n, timesteps x entries]``.
+
+    The kernel of all outputs for the weights of the output convolution is, up to a constant, the inner
+    product of the patches that enter it, with a one beside each patch for the bias.
+    """
+    featuriser = Featuriser(problem.denoiser, default_features(problem, 4096, seed=0))
+    layer, levels = problem.network.conv_out, featuriser.levels
+    assert isinstance(layer, nn.Conv2d)
+    entering: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _, inputs, __: entering.append(inputs[0]))
+    with torch.no_grad():
+        for x_t, t in noisy(problem, images, levels):
+            problem.network(x_t, t.expand(len(x_t)))
+    hook.remove()
+    parts = []
+    for x in entering:
+        patches = nn.functional.unfold(x, layer.kernel_size, padding=layer.padding)
+        whole = torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1).flatten(1)
+        parts.append(whole / whole.norm(dim=1, keepdim=True))
+    return torch.cat(parts, dim=1)
+
+
+def noisy(problem: Problem, images: Tensor, levels: NoiseLevels) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image under the shared noise of each timestep, scaled as the network takes it."""
+    for t, sigma in zip(levels.timesteps, levels.sigmas.float(), strict=True):
+        noise = attribution_noise("shared", 0, t, [0], tuple(images.shape[1:]))
+        yield (images + sigma * noise) / (1 + sigma.square()).sqrt(), torch.tensor(t)
+
+
+def default_scores(problem: Problem, train: Tensor, queries: Tensor) -> Tensor:
+    """Scores of the preset ``das`` from whole rows, in float64."""
+    phi, psi = train.double(), queries.double()
+    gram = phi @ phi.mT
+    settings = PRESETS["das"]["scores"]
+    assert (settings["damping_rule"], settings["readout"]) == ("rest", "square")
+    rest = gram.trace() - torch.linalg.eigvalsh(gram)[-1]
+    damped = gram + settings["damping"] * rest / len(gram) * torch.eye(len(gram)).double()
+    return torch.linalg.solve(damped, (psi @ phi.mT).mT).mT.square()
+
+
+def default_features(problem: Problem, dim: int, seed: int) -> FeatureConfig:
+    """Settings of the preset ``das`` with the problem's timesteps and this projection."""
+    settings = PRESETS["das"]["features"]
+    projection = {**settings["projection"], "dim": dim, "seed": seed}
+    return config_from_dict(
+        FeatureConfig, {**settings, "timesteps": problem.timesteps, "projection": projection}
+    )
+
+
 # diffcal
+
+
+def run_default(
+    problem: Problem, dim: int, seed: int, *, half: bool = False, batch_rows: int = 160
+) -> Solved:
+    """The preset ``das`` as it comes: rows of all outputs, its own damping, squared."""
+    denoiser = problem.half if half else problem.denoiser
+    assert denoiser is not None
+    settings = config_from_dict(ScoreConfig, PRESETS["das"]["scores"])
+    begin = time.process_time()
+    featuriser = Featuriser(
+        denoiser, default_features(problem, dim, seed), batch_rows=batch_rows, unknown="refuse"
+    )
+    rows = featuriser(problem.train, range(len(problem.train))).vectors
+    asked = featuriser(problem.queries, range(len(problem.queries)), role="query").vectors
+    middle = time.process_time()
+    kernel = fit_kernel(rows)
+    damping = settings.absolute_damping(kernel)
+    scores = kernel_scores(kernel, asked, rows, damping, readout=settings.readout)
+    return Solved(scores, middle - begin, time.process_time() - middle)
 
 
 def run_diffcal(
