@@ -125,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
             "tracincp",
             "gas",
         ),
-        *("relative-influence", "renormalised-influence", "gradient-dot", "gradient-cosine"),
+        *("relative-influence", "renormalised-influence", "ekfac"),
+        *("gradient-dot", "gradient-cosine"),
         *("pixel-dot", "pixel-cosine", "encoder-dot", "encoder-cosine"),
         *("empirical-influence", "datamodel", "digits"),
     )

@@ -1,6 +1,6 @@
 """Attribution features: per-sample rows at several timesteps, normalised, put together, projected."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcal.attribution.ekfac import CurvatureConfig, CurvedProjection, Ekfac
 from diffcal.attribution.functionals import (
     ALL_OUTPUTS,
     CUSTOM,
@@ -22,7 +23,7 @@ from diffcal.attribution.gradient_vmap import VmapGradients
 from diffcal.attribution.gradients import GradientBatch, NormKind, Objective, PerSampleGradients
 from diffcal.attribution.noise import NoisePolicy, attribution_noise
 from diffcal.attribution.outputs import DenoiserObjective, PredictionKind
-from diffcal.attribution.parameters import select_parameters
+from diffcal.attribution.parameters import Layout, select_parameters
 from diffcal.attribution.projection import ProjectionConfig, Projector
 from diffcal.attribution.projectors import make_projector
 from diffcal.attribution.timesteps import TimestepStrategy, noise_levels
@@ -79,6 +80,8 @@ class FeatureConfig:
     params: str = "all"
     """Which parameters; see :func:`~diffcal.attribution.parameters.select_parameters`."""
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
+    """Of loss gradients: rotate and scale them by the curvature of the training loss first."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -97,8 +100,24 @@ class FeatureConfig:
                     f"{ALL_OUTPUTS} has no gradients of weight matrices and no length of its own: "
                     f"choose projection.kind sjlt, not '{self.projection.kind}'"
                 )
+        if self.curvature.kind != "none":
+            self._check_curvature()
         if self.functional == "weighted-mse" and self.sigmas is not None:
             raise ConfigError("weighted-mse weighs timesteps: it has no weights for sigmas")
+
+    def _check_curvature(self) -> None:
+        kind = self.curvature.kind
+        if self.functional != "loss" or self.normalise:
+            raise ConfigError(
+                f"curvature.kind '{kind}' is of the loss: it goes with functional 'loss' and "
+                f"normalise = false, not with '{self.functional}'"
+                + (" normalised" if self.normalise else "")
+            )
+        if self.projection.kind in ("factorised", "factorised_sjlt"):
+            raise ConfigError(
+                f"curvature.kind '{kind}' rotates whole gradients, which projection.kind "
+                f"'{self.projection.kind}' does not form: choose sjlt"
+            )
 
     @property
     def is_custom(self) -> bool:
@@ -144,6 +163,8 @@ class Featuriser:
         channels_last: Keep the network and its input in that memory format (changes the module's
             parameters' strides).
         unknown: What ``fused`` does with parameters that it has no rule for.
+        curvature: What :func:`~.ekfac_fit.fit_ekfac` gave for this model and ``config.curvature``, where
+            that asks for one.
 
     Source: DAS (arXiv:2410.18639); the order of normalising, averaging and projecting is that of
     the release.
@@ -159,6 +180,7 @@ class Featuriser:
         batch_rows: int = 64,
         channels_last: bool = False,
         unknown: UnknownUse = "vmap",
+        curvature: Ekfac | None = None,
     ) -> None:
         self.denoiser, self.config = denoiser, config or FeatureConfig()
         if (functional is None) == self.config.is_custom:
@@ -167,6 +189,7 @@ class Featuriser:
         if batch_rows < 1:
             raise ConfigError(f"batch_rows must be at least 1, got {batch_rows}")
         self.batch_rows = batch_rows
+        self._lacks_curvature = False
         self._shared_noise: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self._output_signs: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         denoiser.module.eval()
@@ -195,11 +218,24 @@ class Featuriser:
             self._dim = projection.dim
             self._look()
         else:
-            projector = make_projector(projection, [tuple(p.shape) for p in parameters.values()])
+            projector = self._projector(parameters, curvature)
             self.gradients = make_gradients(
                 method, module, self.objective, parameters, projector, norms=norms, unknown=unknown
             )
             self._dim = projector.dim
+
+    def _projector(
+        self, parameters: Mapping[str, torch.nn.Parameter], curvature: Ekfac | None
+    ) -> Projector:
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        projector = make_projector(self.config.projection, list(shapes.values()))
+        asked = self.config.curvature
+        if curvature is not None and asked.kind == "none":
+            raise ConfigError("a curvature was given, but features.curvature.kind is none")
+        self._lacks_curvature = curvature is None and asked.kind != "none"
+        if curvature is None:
+            return projector
+        return CurvedProjection(projector, curvature, Layout.of(shapes), asked.damping)
 
     def _look(self) -> None:
         """One row of noise, so that a network without an output layer is refused before any work."""
@@ -241,6 +277,8 @@ class Featuriser:
             del values[name]
         if self.config.combine == "mean":
             del values["combine"]  # features were averages before there was a choice
+        if self.config.curvature.kind == "none":
+            del values["curvature"]
         return values | {
             "functional": self._functional_name,
             "norms": self.config.norm_kind if self.config.normalise else "none",
@@ -388,6 +426,10 @@ class Featuriser:
             level: Which of ``levels`` each row is at, int [b].
             entries: How many rows following each other have one gradient together.
         """
+        if self._lacks_curvature:
+            raise ConfigError(
+                f"these features need a curvature ('{self.config.curvature.kind}'): fit_ekfac makes it"
+            )
         device = module_device(self.denoiser.module)
         wide = torch.float32 if device.type == "mps" else torch.float64
         level = level.cpu()

@@ -78,6 +78,13 @@ class ConvPart(Part):
         counts = _backward(used.to(x.dtype), x[:1], weight, geometry, of_input=True)
         return x * counts.round().sqrt()
 
+    def sides(self, g: Tensor) -> tuple[Float[Tensor, "p o"], Float[Tensor, "p i"]] | None:
+        """See :meth:`Part.sides`; None for groups and transposed convolutions."""
+        if not self._can_sketch:
+            return None
+        seen = unfold(widened(self.saved), self._geometry)
+        return widened(g).flatten(2).mT.flatten(0, 1), seen.mT.flatten(0, 1)
+
     @property
     def _can_sketch(self) -> bool:
         return self._geometry.groups == 1 and self._geometry.output_padding is None

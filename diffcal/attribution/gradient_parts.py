@@ -86,6 +86,11 @@ class Part(ABC):
         """Squared L2 norm of :meth:`exact`, float32 at least."""
         return widened(self.exact(g)).reshape(self.rows, -1).square().sum(dim=1)
 
+    def sides(self, g: Tensor) -> tuple[Float[Tensor, "p o"], Float[Tensor, "p i"]] | None:
+        """Output gradient and input at every position of all rows, whose outer products add up to the
+        gradient of the parameter seen as a matrix; None where it is no such sum."""
+        return None
+
 
 class OuterPart(Part):
     """A sum over positions of outer products: linear layers and matrix products.
@@ -118,6 +123,11 @@ class OuterPart(Part):
     def exact(self, g: Tensor) -> Tensor:
         left, right = multiplied(*self._sides(g))
         return widened(left.mT @ right)
+
+    def sides(self, g: Tensor) -> tuple[Float[Tensor, "p o"], Float[Tensor, "p i"]] | None:
+        """See :meth:`Part.sides`."""
+        left, right = self._sides(g)
+        return widened(left.flatten(0, 1)), widened(right.flatten(0, 1))
 
     def counted_input(self, used: Bool[Tensor, "1 *s o"]) -> Float[Tensor, "n *s i"]:
         """The input, each number times the root of how many used outputs have a product with it."""

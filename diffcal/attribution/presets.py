@@ -129,6 +129,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scores": {**_TRAK_SCORES, "norm": "renormalised"},
         **_FINAL,
     },
+    # Influence with an eigenvalue-corrected Kronecker factorisation (arXiv:2410.13850): the damping is
+    # part of the features.
+    "ekfac": {
+        "features": {
+            **_LOSS_FEATURES,
+            "noise": "independent",
+            "projection": {"kind": "sjlt", "dim": 4096, "seed": 0},
+            "curvature": {"kind": "ekfac"},
+        },
+        "scores": {"method": "dot", "readout": "signed"},
+        **_FINAL,
+    },
     "gradient-dot": {
         "features": _LOSS_FEATURES,
         "scores": {"method": "dot", "readout": "signed"},

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcal.attribution.ekfac import Ekfac
 from diffcal.attribution.feature_shards import ShardRange, shard_ranges
 from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.featurise import Featuriser
@@ -116,7 +117,10 @@ class EmbeddingRows:
 
 
 def make_featuriser(
-    config: DasConfig, denoiser: Any, functional: NamedFunctional | None = None
+    config: DasConfig,
+    denoiser: Any,
+    functional: NamedFunctional | None = None,
+    curvature: Ekfac | None = None,
 ) -> Featuriser:
     """The featuriser of a configuration.
 
@@ -136,6 +140,7 @@ def make_featuriser(
         batch_rows=config.batch_rows,
         channels_last=config.channels_last,
         unknown=config.unknown,
+        curvature=curvature,
     )
 
 
@@ -158,15 +163,19 @@ def make_rows(
     training: ConditionedImages,
     device: str = "auto",
     functional: NamedFunctional | None = None,
+    curvature: Ekfac | None = None,
 ) -> ImageRows:
     """What ``config.method`` makes rows of: gradients, pixels, embeddings or losses.
+
+    Args:
+        curvature: Of ``config.features.curvature``; without it such rows tell their ``spec`` only.
 
     Raises:
         ConfigError: settings that the model or the images do not have.
         DataError: subset models of other training images.
     """
     if config.inputs == "gradients":
-        return GradientRows(make_featuriser(config, denoiser, functional))
+        return GradientRows(make_featuriser(config, denoiser, functional, curvature))
     if config.inputs == "subset-losses":
         from diffcal.workflows.das_subset_losses import SubsetLossRows, SubsetRun
 

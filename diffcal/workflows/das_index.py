@@ -10,13 +10,14 @@ from diffcal.attribution.feature_store import FeatureStore
 from diffcal.attribution.functionals import NamedFunctional
 from diffcal.attribution.kernel import Kernel, fit_kernel, load_kernel
 from diffcal.config import config_from_dict, config_to_dict
-from diffcal.core.devices import one_thread
+from diffcal.core.devices import module_device, one_thread
 from diffcal.core.processes import process_state
 from diffcal.core.runs import claim_folder, fingerprint, read_json, sha256_file, write_json
 from diffcal.diffusion.denoisers import Denoiser
 from diffcal.errors import ArtifactError, ConfigError
 from diffcal.workflows.das_checkpoints import models_of
 from diffcal.workflows.das_config import DasConfig
+from diffcal.workflows.das_curvature import fitted_curvature, kept_curvature
 from diffcal.workflows.das_features import (
     GradientRows,
     ImageRows,
@@ -136,6 +137,9 @@ def _build(
         claim = {"format": FORMAT, "store": config_to_dict(config.store)}
         claim_folder(out, claim | feature_spec(rows, images), overwrite=overwrite)
     state.wait_for_everyone()
+    curvature = fitted_curvature(out, config, rows, images, state, where)
+    if curvature is not None:
+        rows = make_rows(config, denoiser, images, where, functional, curvature)
     store, made = write_features(
         rows, images, out / "features", config.store, state, role="train", title="das index"
     )
@@ -220,6 +224,11 @@ class AttributionIndex:
         rows = make_rows(config, denoiser, training, device, functional)
         store.require_spec(feature_spec(rows, training))
         store.require_ids(training.ids)
+        curvature = kept_curvature(
+            folder, config, rows, training, str(module_device(denoiser.module))
+        )
+        if curvature is not None:
+            rows = make_rows(config, denoiser, training, device, functional, curvature)
         return cls(folder, config, store, denoiser, rows, training, functional)
 
     @property

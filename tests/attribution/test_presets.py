@@ -49,7 +49,8 @@ def test_every_method_is_there():
             "tracincp",
             "gas",
         ),
-        *("relative-influence", "renormalised-influence", "gradient-dot", "gradient-cosine"),
+        *("relative-influence", "renormalised-influence", "ekfac"),
+        *("gradient-dot", "gradient-cosine"),
     }
 
 
