@@ -121,7 +121,7 @@ def _write_set(config: LdsConfig, out: Path, name: str, group: str) -> None:
     chosen = SETS[name]
     denoiser = load_denoiser(out / "models" / "base" / chosen.checkpoint, device="cpu")
     featurise = Featuriser(denoiser, feature_config(chosen, GROUPS[group]), batch_rows=80)
-    for role, images in _images(config, out, denoiser).items():
+    for role, images in clean_images(config, out, denoiser).items():
         _write_blocks(
             out / "features" / name / group / role,
             images,
@@ -144,7 +144,7 @@ def feature_config(chosen: FeatureSet, timesteps: tuple[int, ...]) -> FeatureCon
     )
 
 
-def _images(config: LdsConfig, out: Path, denoiser: Denoiser) -> dict[str, Tensor]:
+def clean_images(config: LdsConfig, out: Path, denoiser: Denoiser) -> dict[str, Tensor]:
     """Clean samples of training images and of both kinds of queries."""
     count = config.data.rows
     assert count is not None
@@ -251,7 +251,7 @@ def _write_encoder(config: LdsConfig, out: Path) -> None:
             denoiser(clean.float(), torch.full((len(rows),), ENCODER_SIGMA))
         return {"vectors": kept[0].float()}
 
-    for role, images in _images(config, out, denoiser).items():
+    for role, images in clean_images(config, out, denoiser).items():
         _write_blocks(out / "features" / "encoder" / role, images, compute)
     handle.remove()
 

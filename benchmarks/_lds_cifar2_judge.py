@@ -74,16 +74,12 @@ KERNELS = {
 
 def judge(config: LdsConfig, again: LdsConfig, out: Path, results: str) -> None:
     """Write ``<results>.json``, ``<results>.md`` and the figure."""
-    source = open_images(config.data.name)
     count = config.data.rows
     assert count is not None
-    parts = list(source.batches(1024, range(count)))
-    labels = torch.cat([torch.as_tensor(part) for _, _, part in parts]).long()
+    parts = open_images(config.data.name).batches(1024, range(count))
     training = torch.cat([_flat(images) for _, images, _ in parts])
-    masks = masks_of(config, labels)
-    sets = {kind: out / "queries" / f"{kind}.parquet" for kind in KINDS}
-    state = PartialState(cpu=True)
-    losses = loss_tables(config, out / "losses", out / "models", sets, state, "cpu")
+    masks, losses = subset_losses(config, out)
+    sets = query_sets(out)
     pixels = {kind: _pixels(path) for kind, path in sets.items()}
     width = float(torch.pdist(training).median()) / 4
     likeness = {
@@ -119,6 +115,22 @@ def judge(config: LdsConfig, again: LdsConfig, out: Path, results: str) -> None:
         if r["readout"] != "signed_square" and not r["method"].startswith(tuple(RULES))
     ]
     figure([("CIFAR-2", shown)], HERE.parent / "docs" / f"{results.replace('_', '-')}.png", KINDS)
+
+
+def query_sets(out: Path) -> dict[str, Path]:
+    """Where both kinds of queries are."""
+    return {kind: out / "queries" / f"{kind}.parquet" for kind in KINDS}
+
+
+def subset_losses(config: LdsConfig, out: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """Masks ``[s, n]`` and, for each kind of queries, losses ``[s, q]`` of the subset models."""
+    count = config.data.rows
+    assert count is not None
+    parts = open_images(config.data.name).batches(1024, range(count))
+    labels = torch.cat([torch.as_tensor(part) for _, _, part in parts]).long()
+    sets, state = query_sets(out), PartialState(cpu=True)
+    table = loss_tables(config, out / "losses", out / "models", sets, state, "cpu")
+    return masks_of(config, labels), table
 
 
 def _flat(images: Any) -> Tensor:
@@ -170,7 +182,7 @@ def _kernel(
         name,
         training["vectors"],
         queries,
-        settings=_scores(preset, training["vectors"]),
+        settings=own_scores(preset, training["vectors"]),
         errors=training["errors"],
         readouts=READOUTS,
         controls=("signed", "square"),
@@ -179,7 +191,7 @@ def _kernel(
     )
 
 
-def _scores(preset: str, training: Tensor) -> ScoreConfig:
+def own_scores(preset: str, training: Tensor) -> ScoreConfig:
     """The preset's score with one grid of relative dampings, and its own damping in those units."""
     values = dict(PRESETS["das" if preset in (*RULES, *DAS) else preset]["scores"])
     if preset in (*RULES, *DAS):

@@ -118,35 +118,71 @@ class Judge:
             )
             ((_, signed),) = path
             for readout in readouts:
-                guesses = path_predictions([(0, read_out(signed, readout))], self.masks)
-                choice = choose_damping(
-                    guesses[:-1],
-                    self.losses[track],
-                    settings.damping_grid,
-                    folds=self.folds,
-                    seed=self.seed,
-                    n_resamples=self.resamples,
-                )
-                best = settings.damping_grid.index(choice.chosen)
-                default = linear_datamodeling_score(
-                    guesses[-1], self.losses[track], n_resamples=self.resamples, seed=self.seed
-                )
-                self._own[method, readout, track] = default
-                self._keep(
+                self._over_dampings(
                     method,
                     readout,
                     track,
-                    choice.held_out,
-                    facts,
-                    default=_plain(default),
-                    default_damping=settings.damping,
-                    optimistic=round(choice.optimistic, 5),
-                    damping=choice.chosen,
-                    damping_rule=settings.damping_rule,
-                    damping_of_fold=list(choice.per_fold),
-                    curve=[round(value, 4) for value in choice.curve.tolist()],
-                    controls=self._controls(guesses[best], track) if readout in controls else None,
+                    signed,
+                    settings.damping_grid,
+                    settings.damping,
+                    readout in controls,
+                    {**facts, "damping_rule": settings.damping_rule},
                 )
+
+    def dampings(
+        self,
+        method: str,
+        track: str,
+        signed: Tensor,
+        grid: Sequence[float],
+        own: float,
+        *,
+        readouts: Sequence[str] = READOUTS,
+        **facts: Any,
+    ) -> None:
+        """Signed scores ``[q, n]`` at each damping of ``grid`` and, last, at the method's own."""
+        for readout in readouts:
+            self._over_dampings(method, readout, track, signed, tuple(grid), own, False, facts)
+
+    def _over_dampings(
+        self,
+        method: str,
+        readout: str,
+        track: str,
+        signed: Tensor,
+        grid: tuple[float, ...],
+        own: float,
+        with_controls: bool,
+        facts: Record,
+    ) -> None:
+        guesses = path_predictions([(0, read_out(signed, readout))], self.masks)
+        choice = choose_damping(
+            guesses[:-1],
+            self.losses[track],
+            grid,
+            folds=self.folds,
+            seed=self.seed,
+            n_resamples=self.resamples,
+        )
+        best = grid.index(choice.chosen)
+        default = linear_datamodeling_score(
+            guesses[-1], self.losses[track], n_resamples=self.resamples, seed=self.seed
+        )
+        self._own[method, readout, track] = default
+        self._keep(
+            method,
+            readout,
+            track,
+            choice.held_out,
+            facts,
+            default=_plain(default),
+            default_damping=own,
+            optimistic=round(choice.optimistic, 5),
+            damping=choice.chosen,
+            damping_of_fold=list(choice.per_fold),
+            curve=[round(value, 4) for value in choice.curve.tolist()],
+            controls=self._controls(guesses[best], track) if with_controls else None,
+        )
 
     def scores(
         self,
