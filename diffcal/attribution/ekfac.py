@@ -108,11 +108,11 @@ def load_ekfac(
     """
     parts: dict[str, dict[str, Tensor]] = {}
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                 name, _, part = key.rpartition("|")
-                parts.setdefault(name, {})[part] = file.get_tensor(key)
+                parts.setdefault(name, {})[part] = file.get_tensor(key).to(device)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"curvature '{path}' cannot be read: {error}") from error
     if FORMAT not in metadata or any("eigenvalues" not in part for part in parts.values()):

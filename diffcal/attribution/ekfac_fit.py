@@ -234,7 +234,7 @@ class _RotatedSquares(Projector):
             values = values.to(block.device)
             self._blocks[name] = held = KroneckerBlock(held.left, held.right, values)
         rotated = held.rotated(block.unflatten(1, tuple(values.shape)))
-        values += rotated.square_().sum(dim=0)
+        values += rotated.square().sum(dim=0)
         self._rows[name] += len(block)
 
     def blocks(self, factor: float) -> dict[str, KroneckerBlock]:

@@ -4,12 +4,14 @@ import pytest
 import torch
 from gradient_models import dit, edm, mean_features, unet
 
+from diffcal.attribution.ekfac_fit import fit_ekfac
 from diffcal.attribution.featurise import Featuriser
 from diffcal.attribution.kernel import fit_kernel, load_kernel
 from diffcal.attribution.kernel_updates import update_kernel
 from diffcal.attribution.projection import ProjectionConfig
 from diffcal.attribution.scores import kernel_scores, leverage_scores, score_blocks
 from diffcal.attribution.screening import candidate_scores
+from diffcal.attribution.timesteps import noise_levels
 from diffcal.attribution.topk import TopScores
 
 pytestmark = [
@@ -135,3 +137,27 @@ def test_updates_candidates_and_best_rows_agree():
         found.append((scores, top.index))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=1e-6)
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_curvature_is_that_of_the_cpu():
+    fitted = {}
+    for device in ("cpu", "cuda"):
+        denoiser = unet().to(device)
+        generator = torch.Generator().manual_seed(0)
+        clean = torch.rand(3, *denoiser.sample_shape, generator=generator) * 2 - 1
+        condition = denoiser.condition(torch.eye(denoiser.num_classes)[:3].to(device))
+        levels = noise_levels(denoiser, (100, 600))
+        fitted[device] = fit_ekfac(denoiser, [(clean.to(device), range(3), condition)], levels)
+    for name, block in fitted["cpu"].blocks.items():
+        found, wanted = (_diagonal(one) for one in (fitted["cuda"].blocks[name], block))
+        assert fitted["cuda"].blocks[name].eigenvalues.is_cuda
+        size = max(float(wanted.abs().max()), 1e-12)
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-2, atol=1e-3 * size)
+
+
+def _diagonal(block):
+    """Of the curvature in the basis of the entries: eigenvectors of equal values may differ."""
+    values = block.eigenvalues
+    if block.left is not None:
+        values = block.left.square() @ values
+    return values if block.right is None else values @ block.right.square().mT

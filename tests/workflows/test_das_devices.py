@@ -1,12 +1,19 @@
 """An index and its scores on an accelerator (a stand-in with values) are those of the CPU."""
 
+from dataclasses import replace
+
 import pyarrow.parquet as pq
 import pytest
 import torch
 from stand_in_device import StandIn, stand_in_device
 
+from diffcal.attribution.ekfac_fit import fit_ekfac
 from diffcal.attribution.feature_store import FeatureStore
+from diffcal.attribution.featurise import Featuriser
 from diffcal.attribution.kernel_updates import update_kernel
+from diffcal.attribution.projection import ProjectionConfig
+from diffcal.data.sources import open_images
+from diffcal.diffusion.checkpoints import load_denoiser
 from diffcal.workflows import das
 from diffcal.workflows.das_index import AttributionIndex
 
@@ -41,6 +48,39 @@ def test_index_and_scores_are_those_of_the_cpu(there, tmp_path):
     )
     values = torch.tensor(first["score"]), torch.tensor(second["score"])
     torch.testing.assert_close(values[1], values[0], rtol=1e-3, atol=1e-5 * float(values[0].max()))
+
+
+def test_a_curvature_and_its_features_are_those_of_the_cpu(there):
+    features = das.das_config("ekfac", ["features.params=dec.8x8_block1"]).features
+    features = replace(features, timesteps=(400,), projection=ProjectionConfig(dim=64))
+    fitted, rows = {}, {}
+    for device in ("cpu", "meta"):
+        denoiser = load_denoiser("bundled:digits", device=device)
+        clean = denoiser.encode(torch.as_tensor(open_images("digits").images[:6]))
+        condition = denoiser.condition(torch.eye(10)[:6])
+        levels = Featuriser(denoiser, features).levels
+        sample = (clean, range(6), condition)
+        fitted[device] = fit_ekfac(denoiser, [sample], levels, params=features.params)
+        # Few images leave directions without curvature, whose basis is arbitrary: features of one.
+        made = Featuriser(denoiser, features, curvature=fitted["cpu"])
+        rows[device] = made(clean, range(6), condition).vectors
+    assert isinstance(rows["meta"], StandIn)
+    torch.testing.assert_close(
+        rows["meta"].cpu(), rows["cpu"], rtol=0, atol=1e-4 * float(rows["cpu"].abs().max())
+    )
+    for name, block in fitted["cpu"].blocks.items():
+        found, wanted = (_diagonal(one) for one in (fitted["meta"].blocks[name], block))
+        torch.testing.assert_close(
+            found.cpu(), wanted, rtol=1e-2, atol=1e-3 * float(wanted.abs().max())
+        )
+
+
+def _diagonal(block):
+    """Of the curvature in the basis of the entries."""
+    values = block.eigenvalues
+    if block.left is not None:
+        values = block.left.square() @ values
+    return values if block.right is None else values @ block.right.square().mT
 
 
 def test_a_changed_kernel_stays_on_its_device(there, tmp_path):
