@@ -39,7 +39,7 @@ def fit_ekfac(
     params: str = "all",
     prediction: PredictionKind = "network",
     unknown: UnknownUse = "vmap",
-    on_samples: Callable[[int], None] | None = None,
+    on_samples: Callable[[int], object] | None = None,
 ) -> Ekfac:
     """The curvature of the mean squared error of a denoiser's output at its training samples.
 
