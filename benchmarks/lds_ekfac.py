@@ -133,7 +133,7 @@ def of_digits(name: str, work: Path, timesteps: list[int]) -> dict[str, Any]:
 def of_cifar2(out: Path, timesteps: list[int]) -> dict[str, Any]:
     """The fourth run on CIFAR-2."""
     from _lds_cifar2_features import clean_images, read_features
-    from _lds_cifar2_judge import RHOS, own_scores, subset_losses
+    from _lds_cifar2_judge import OUTPUTS, RHOS, own_scores, subset_losses
     from lds_cifar2 import SET_UPS, experiment
 
     from diffcal.diffusion.checkpoints import load_denoiser
@@ -150,7 +150,7 @@ def of_cifar2(out: Path, timesteps: list[int]) -> dict[str, Any]:
             f"das, T={t}",
             rows["training"],
             {track: rows[track] for track in TRACKS},
-            settings=own_scores("das", rows["training"]),
+            settings=own_scores(OUTPUTS, rows["training"]),
             dampings=list(RHOS),
         )
     denoiser = load_denoiser(out / "models" / "base" / "checkpoint", device="cpu")
