@@ -110,6 +110,11 @@ class DasConfig:
             )
         if self.inputs == "subset-losses" and self.scores.method != "dot":
             raise ConfigError(f"scores of '{self.method}' are products: scores.method is dot")
+        if self.features.curvature.kind != "none" and self.queries_from != "images":
+            raise ConfigError(
+                f"features.curvature.kind '{self.features.curvature.kind}' is for gradients at images, "
+                f"but '{self.method}' asks along the {self.queries_from}: set it to none"
+            )
         if self.batch_rows < 1:
             raise ConfigError(f"batch_rows must be at least 1, got {self.batch_rows}")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from curvatures import diagonal
 from gradient_models import dit, edm, mean_features, unet
 
 from diffcal.attribution.ekfac_fit import fit_ekfac
@@ -149,15 +150,7 @@ def test_a_curvature_is_that_of_the_cpu():
         levels = noise_levels(denoiser, (100, 600))
         fitted[device] = fit_ekfac(denoiser, [(clean.to(device), range(3), condition)], levels)
     for name, block in fitted["cpu"].blocks.items():
-        found, wanted = (_diagonal(one) for one in (fitted["cuda"].blocks[name], block))
+        found, wanted = (diagonal(one) for one in (fitted["cuda"].blocks[name], block))
         assert fitted["cuda"].blocks[name].eigenvalues.is_cuda
         size = max(float(wanted.abs().max()), 1e-12)
         torch.testing.assert_close(found.cpu(), wanted, rtol=1e-2, atol=1e-3 * size)
-
-
-def _diagonal(block):
-    """Of the curvature in the basis of the entries: eigenvectors of equal values may differ."""
-    values = block.eigenvalues
-    if block.left is not None:
-        values = block.left.square() @ values
-    return values if block.right is None else values @ block.right.square().mT

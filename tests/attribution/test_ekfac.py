@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from curvatures import diagonal
 from gradient_models import dit, edm, unet
 from test_featurising import clean_samples
 from torch import nn
@@ -229,18 +230,10 @@ def test_batches_do_not_matter():
     one, _, _ = fitted(denoiser, at_once=3)
     other, _, _ = fitted(denoiser, at_once=1)
     for name, block in one.blocks.items():
-        matrices = [explicit_diagonal(c.blocks[name]) for c in (one, other)]
+        matrices = [diagonal(c.blocks[name]) for c in (one, other)]
         scale = max(float(matrices[0].abs().max()), 1e-12)
         torch.testing.assert_close(*matrices, atol=1e-3 * scale, rtol=1e-2)
         assert block.eigenvalues.min() >= 0
-
-
-def explicit_diagonal(block):
-    """Diagonal of ``Q Λ Qᵀ``: eigenvectors of equal values may differ."""
-    values = block.eigenvalues
-    if block.left is not None:
-        values = block.left.square() @ values
-    return values if block.right is None else values @ block.right.square().T
 
 
 def test_long_sides_keep_their_entries():

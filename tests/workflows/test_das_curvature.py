@@ -13,7 +13,7 @@ from diffcal.attribution.ekfac_fit import fit_ekfac
 from diffcal.attribution.featurise import Featuriser
 from diffcal.cli import main
 from diffcal.diffusion.checkpoints import load_denoiser
-from diffcal.errors import ArtifactError
+from diffcal.errors import ArtifactError, ConfigError
 from diffcal.workflows import das
 from diffcal.workflows.das_images import open_training_images
 from diffcal.workflows.das_score import score_queries
@@ -106,3 +106,8 @@ def test_another_damping_is_another_index(index, capsys):
         command += ["--set", setting]
     assert main(command) == 2
     assert "curvature.damping: 0.1 there, 0.2 now" in capsys.readouterr().err
+
+
+def test_a_method_along_sampling_paths_has_none():
+    with pytest.raises(ConfigError, match="along the sampling-path"):
+        das.das_config("journey-trak", ["features.curvature.kind=ekfac", *SETTINGS])

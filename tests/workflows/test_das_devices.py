@@ -5,6 +5,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 import torch
+from curvatures import diagonal
 from stand_in_device import StandIn, stand_in_device
 
 from diffcal.attribution.ekfac_fit import fit_ekfac
@@ -69,18 +70,10 @@ def test_a_curvature_and_its_features_are_those_of_the_cpu(there):
         rows["meta"].cpu(), rows["cpu"], rtol=0, atol=1e-4 * float(rows["cpu"].abs().max())
     )
     for name, block in fitted["cpu"].blocks.items():
-        found, wanted = (_diagonal(one) for one in (fitted["meta"].blocks[name], block))
+        found, wanted = (diagonal(one) for one in (fitted["meta"].blocks[name], block))
         torch.testing.assert_close(
             found.cpu(), wanted, rtol=1e-2, atol=1e-3 * float(wanted.abs().max())
         )
-
-
-def _diagonal(block):
-    """Of the curvature in the basis of the entries."""
-    values = block.eigenvalues
-    if block.left is not None:
-        values = block.left.square() @ values
-    return values if block.right is None else values @ block.right.square().mT
 
 
 def test_a_changed_kernel_stays_on_its_device(there, tmp_path):
