@@ -52,9 +52,9 @@ class CurvatureConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name, least in (("images", 1), ("max_side", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"curvature.{name} must be at least {least}")
+        for name in ("images", "max_side"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"curvature.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.damping < float("inf"):
             raise ConfigError(f"curvature.damping must be positive and finite, got {self.damping}")
 

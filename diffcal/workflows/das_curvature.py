@@ -31,6 +31,11 @@ def fitted_curvature(
     """The curvature of an index in ``folder``, fitted by the main process if it is not there.
 
     None where the features ask for none.
+
+    Raises:
+        ArtifactError: the one that features were made with is gone, and what was fitted in its place is
+            another: directions without curvature have a basis that depends on rounding, so that another
+            processor may not make it again.
     """
     if not _asked(config):
         return None
@@ -38,8 +43,17 @@ def fitted_curvature(
     facts = _facts(rows, images)
     if state.is_main_process and not _is_whole(folder, facts):
         found = _fit(config, rows.featuriser, images)
-        found.save(folder / CURVATURE, facts)
-        write_json(_note(folder), {**facts, "sha256": sha256_file(folder / CURVATURE)})
+        path, note = folder / CURVATURE, _note(folder)
+        found.save(path, facts)
+        made = {**facts, "sha256": sha256_file(path)}
+        used = any((folder / "features").glob("features-*.json"))
+        if used and (not note.exists() or read_json(note) != made):
+            path.unlink()
+            raise ArtifactError(
+                f"the curvature that features in '{folder}' were made with is gone, and fitted again "
+                "it is not the same: delete that folder and make the index anew"
+            )
+        write_json(note, made)
     state.wait_for_everyone()
     return load_ekfac(folder / CURVATURE, facts, device)
 

@@ -1,6 +1,7 @@
 """An index of curved gradients: what it keeps, kills, what is missing, other settings."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,13 @@ from killing import kill_at_rename
 from test_das_kills import digests
 from test_das_methods import features, matrix
 
-from diffcal.attribution.ekfac import load_ekfac
+from diffcal.attribution.ekfac import Ekfac, load_ekfac
 from diffcal.attribution.ekfac_fit import fit_ekfac
 from diffcal.attribution.featurise import Featuriser
 from diffcal.cli import main
 from diffcal.diffusion.checkpoints import load_denoiser
 from diffcal.errors import ArtifactError, ConfigError
-from diffcal.workflows import das
+from diffcal.workflows import das, das_curvature
 from diffcal.workflows.das_images import open_training_images
 from diffcal.workflows.das_score import score_queries
 
@@ -98,6 +99,28 @@ def test_without_its_curvature_an_index_takes_no_queries(index, tmp_path):
             scored(copy, tmp_path / "scores")
         das.index(das.das_config("ekfac", SETTINGS), copy, device="cpu")
         assert digests(copy) == whole
+
+
+def test_features_never_meet_another_curvature(index, tmp_path, monkeypatch):
+    def another(*given, **settings):
+        found = fit_ekfac(*given, **settings).blocks
+        turned = {
+            name: replace(one, eigenvalues=2 * one.eigenvalues) for name, one in found.items()
+        }
+        return Ekfac(turned)
+
+    monkeypatch.setattr(das_curvature, "fit_ekfac", another)
+    copy = shutil.copytree(index, tmp_path / "index")
+    config = das.das_config("ekfac", SETTINGS)
+    for lost in (["curvature.safetensors"], ["curvature.safetensors", "curvature.json"]):
+        for name in lost:
+            (copy / name).unlink(missing_ok=True)
+        with pytest.raises(ArtifactError, match="not the same: delete that folder"):
+            das.index(config, copy, device="cpu")
+        assert not (copy / "curvature.safetensors").exists()
+    shutil.rmtree(copy)
+    das.index(config, copy, device="cpu")
+    assert (copy / "curvature.safetensors").exists()
 
 
 def test_another_damping_is_another_index(index, capsys):
