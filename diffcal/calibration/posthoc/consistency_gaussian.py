@@ -58,65 +58,73 @@ SMALLEST = 1e-15
 FLOOR = {torch.float32: 1e-30, torch.float64: 1e-290}
 """Below this the expansion's sum is rounding; positive, so that no class gets exactly nothing."""
 
-NEGLIGIBLE = {torch.float32: -39.0, torch.float64: -300.0}
-"""ln G/Φ below this counts as this: far below rounding, and products stay normal numbers, as others
+NEGLIGIBLE = {torch.float32: -56.0, torch.float64: -430.0}
+"""log2 G/Φ below this counts as this: far below rounding, and products stay normal numbers, as others
 take a processor a hundred times as long."""
+
+
+BEND = 0.2
+"""t = s + BEND s² for an s linear in u: t is finer near u = 0."""
+
+
+def _straight(t: np.ndarray) -> np.ndarray:
+    """s of t."""
+    return (np.sqrt(1 + 4 * BEND * t) - 1) / (2 * BEND)
+
+
+FIRST, LAST = _straight(np.array([-1.0, 1.0])).tolist()
+"""s of the lowest u and of u = 0."""
 
 
 @dataclass(frozen=True)
 class _Tables:
     """The expansion for one precision; see the module's text for A and B."""
 
-    lowest: float
-    """u below this enters the polynomials as this; it only counts through exp(-u²/4) then."""
-    bend: float
-    """t = 1 - stretch v with v = u/(u - bend), which falls to -1 at the lowest u; finer near u = 0."""
-    stretch: float
+    depth: float
+    """u below its negative enters the polynomials as that; it only counts through exp(-u²/4) then."""
     inner: int
     """m of the products P_a(t) P_b(T_m(t)), a power of 2, for many classes."""
     log_g: Float[Tensor, "r q"]
+    """For the logarithm to base 2, as are ``log_first``."""
     constant: int
     """r of the polynomial that is 1."""
     log_first: Float[Tensor, " q"]
     weights: Float[Tensor, "q s"]
 
 
-# step, first and last node, lowest u, bend, polynomials of A and B, inner; many classes have a narrow G'
+# step, first and last node, depth, polynomials of A and B, inner; many classes have a narrow G'
 SETTINGS = {
-    (torch.float32, False): (0.4, -6.4, 6.8, 10.0, 8.0, 20, 20, 1),
-    (torch.float32, True): (0.25, -6.5, 7.0, 9.0, 16.0, 20, 16, 4),
-    (torch.float64, False): (0.25, -8.5, 8.5, 14.0, 12.0, 48, 48, 1),
-    (torch.float64, True): (0.125, -8.5, 9.0, 14.0, 12.0, 48, 48, 8),
+    (torch.float32, False): (0.4, -6.4, 6.8, 10.0, 20, 20, 1),
+    (torch.float32, True): (0.25, -6.5, 7.0, 9.4, 20, 16, 4),
+    (torch.float64, False): (0.25, -8.5, 8.5, 14.0, 48, 48, 1),
+    (torch.float64, True): (0.125, -8.5, 9.0, 14.0, 48, 48, 8),
 }
 
 
 @lru_cache(maxsize=16)
 def _tables(dtype: torch.dtype, many: bool, device: str) -> _Tables:
-    step, first, last, depth, bend, count, fewer, inner = SETTINGS[dtype, many]
+    step, first, last, depth, count, fewer, inner = SETTINGS[dtype, many]
     x = np.arange(first, last + step / 2, step)[:, None]
     points = 4 * count
     angle = np.pi * (np.arange(points) + 0.5) / points
-    stretch = 2 * (depth + bend) / depth
-    v = (1 - np.cos(angle)) / stretch
-    u = -bend * v / (1 - v)
+    u = depth * (_straight(np.cos(angle)) - LAST) / (LAST - FIRST)
     log_g = log_ndtr(x - u)
     log_phi = -0.5 * (x - u) ** 2 - 0.5 * math.log(2 * math.pi)
     kernel = step * np.exp(log_phi + u**2 / 4 - log_g + log_ndtr(x))
-    # sums over classes come with falling a, those over nodes are taken with rising a
-    summed = _basis(angle, count, inner).reshape(inner, -1, points)[::-1].reshape(count, points)
+    # sums over classes come with b outside and falling a, those over nodes are taken with a outside
+    by_degree = _basis(angle, count, inner).reshape(inner, -1, points)
+    summed = by_degree[::-1].swapaxes(0, 1).reshape(count, points)
     taken = _basis(angle, fewer, inner)
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.tensor(np.ascontiguousarray(values), dtype=dtype, device=device)
 
     return _Tables(
-        lowest=-depth,
-        bend=bend,
-        stretch=stretch,
+        depth=depth,
         inner=inner,
-        log_g=tensor(_expanded(log_g, summed, angle).T),
-        constant=count // inner * (inner - 1),
-        log_first=tensor(log_ndtr(x)[:, 0]),
+        log_g=tensor(_expanded(log_g, summed, angle).T / math.log(2)),
+        constant=inner - 1,
+        log_first=tensor(log_ndtr(x)[:, 0] / math.log(2)),
         weights=tensor(_expanded(kernel, taken, angle)),
     )
 
@@ -269,31 +277,28 @@ class _Buffers:
         self.products = like.new_empty((rows, nodes))
         self.steps: list[Callable[[], object]] = []
 
-    def variable(self, ones: Tensor, out: Tensor, epsilon: float) -> None:
+    def variable(self, out: Tensor, epsilon: float) -> None:
         """Steps to t(gap/epsilon) in [-1, 1]."""
-        tables, gap = self.tables, self.gap
+        gap, depth = self.gap, self.tables.depth * epsilon
         # numbers of torch: others would be wrapped anew each time
-        lowest, bend = (gap.new_tensor(u * epsilon) for u in (tables.lowest, tables.bend))
-        # a row, as torch's vectorised loop takes no single number here
-        end = gap.new_full((1, gap.shape[1]), 1 - tables.stretch)
-        scale = -tables.stretch * tables.bend * epsilon
+        lowest, last = gap.new_tensor(-depth), gap.new_tensor(LAST)
         self.steps += [
             partial(torch.clamp, gap, min=lowest, out=out),
-            partial(torch.sub, out, bend, out=out),
-            partial(torch.addcdiv, end, ones, out, value=scale, out=out),
+            partial(torch.add, last, out, alpha=(LAST - FIRST) / depth, out=out),
+            partial(torch.addcmul, out, out, out, value=BEND, out=out),
         ]
 
     def sums_over_nodes(self, classes: int) -> None:
         """Steps from the polynomials' sums over classes to Σ B G/Φ: ``moments`` to ``weights``."""
         tables, products = self.tables, self.products
-        # an equal share of -ln Φ(x) for each class goes where the constant polynomial is
+        # an equal share of -log Φ(x) for each class goes where the constant polynomial is
         log_g = tables.log_g.clone()
         log_g[tables.constant] -= tables.log_first / classes
         lowest = NEGLIGIBLE[products.dtype]
         self.steps += [
             partial(torch.mm, self.moments, log_g, out=products),
             partial(torch.clamp, products, min=lowest, out=products),
-            partial(torch.exp, products, out=products),
+            partial(torch.exp2, products, out=products),
             partial(torch.mm, products, tables.weights, out=self.weights),
         ]
 
@@ -309,7 +314,7 @@ class _Narrow(_Buffers):
         basis = like.new_empty((self.moments.shape[1], k, rows))
         basis[0] = 1
         made, factor = list(basis), like.new_empty((k, rows))
-        self.variable(made[0], made[1], epsilon)
+        self.variable(made[1], epsilon)
         self.steps.append(partial(_fill_by_recurrence, made))
         sums = like.new_empty((len(made), rows))
         self.steps += [
@@ -356,19 +361,20 @@ class _Wide(_Buffers):
         first = [*list(falling)[::-1], second[1]]  # the last is T_m
         by_row = second.transpose(0, 1)
         one = like.new_ones(())
-        self.variable(first[0], first[1], epsilon)
+        self.variable(first[1], epsilon)
         self.steps += [
             *_fill_by_products(first, one),
             *_fill_by_products(list(second), one),
-            _products(
-                falling.transpose(0, 1),
-                by_row.transpose(1, 2),
-                self.moments.view(rows, inner, outer),
+            partial(
+                torch.bmm,
+                by_row,
+                falling.permute(1, 2, 0),
+                out=self.moments.view(rows, outer, inner),
             ),
         ]
         self.sums_over_nodes(k)
         self.steps += [
-            _products(
+            _combined(
                 self.weights.view(rows, inner, fewer), by_row[:, :fewer], parts.transpose(0, 1)
             ),
             *_sum_by_halves(parts, first),
@@ -395,9 +401,9 @@ def _sum_by_halves(parts: Tensor, made: list[Tensor]) -> list[Callable[[], objec
     return steps
 
 
-def _products(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:
-    """A step that takes the products of many small matrices, on the CPU with NumPy, which needs a
-    third of ``torch.bmm``'s time."""
+def _combined(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:
+    """A step that takes the products of many small matrices, on the CPU with NumPy, which needs less
+    than half of ``torch.bmm``'s time where ``out`` lies apart."""
     if a.device.type == "cpu" and not torch.compiler.is_compiling():
         return partial(np.matmul, a.numpy(), b.numpy(), out=out.numpy())
     return partial(torch.bmm, a, b, out=out)
