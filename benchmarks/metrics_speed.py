@@ -13,10 +13,10 @@ Every task is timed once in each repeat, in turn, in one process, so that a chan
 load meets all of them; ``seconds`` are medians by the clock, ``cpu_seconds`` of processor time, and
 ratios are medians of the ratios within a repeat. ``floor_read`` is the largest and smallest logit
 (reading them once), ``floor_exp`` one float64 exponential of each in blocks that fit the cache, and
-``floor_exp_single`` the faster of NumPy's two float32 exponentials, which any confidence needs; we
-take the latter of float32 logits. Peak memory is the growth of the resident set in the first call at
-full size, as a multiple of the logits (``peak_over_input``); logits, labels and the probabilities that
-are given count as inputs. Each size has a process of its own.
+``floor_exp_single`` the float32 exponentials that we take of float32 logits, NumPy's or torch's. Peak
+memory is the growth of the resident set in the first call at full size, as a multiple of the logits
+(``peak_over_input``); logits, labels and the probabilities that are given count as inputs. Each size
+has a process of its own.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from diffcal.calibration.metrics.binned import (
     expected_calibration_error,
     maximum_calibration_error,
 )
+from diffcal.calibration.metrics.exponentials import exponentials
 from diffcal.calibration.metrics.inputs import Predictions
-from diffcal.calibration.metrics.row_exponentials import EXPONENTIAL, SCALE
 from diffcal.calibration.metrics.summary import calibration_summary, evaluate
 
 FROM_PROBS = ("ours_as_netcal", "netcal")
@@ -124,10 +124,7 @@ def floor_exp_single(z: torch.Tensor, _: torch.Tensor) -> dict[str, float]:
     total, spare = 0.0, np.empty(1 << 17, dtype=np.float32)
     for block in z.flatten().split(len(spare)):
         e = spare[: len(block)]
-        if SCALE is None:
-            EXPONENTIAL(block.numpy(), out=e)
-        else:
-            EXPONENTIAL(np.multiply(block.numpy(), SCALE, out=e), out=e)
+        exponentials(block.numpy(), e)
         total += float(e[0])
     return {"first_of_blocks": total}
 

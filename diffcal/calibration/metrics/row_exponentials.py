@@ -17,11 +17,11 @@ and confidences that tie by rounding cost more in what follows than the exponent
 """
 
 import math
-import sys
 from collections.abc import Callable
 
 import numpy as np
 
+from diffcal.calibration.metrics.exponentials import exponentials
 from diffcal.calibration.metrics.row_values import RowValues, Table, Unreadable
 
 __all__ = ["many_single"]
@@ -35,17 +35,6 @@ DEEPEST = np.float32(-87.3)
 
 SEGMENT = 4096
 """Entries that are added up in float32 before float64 takes over."""
-
-
-def _fast_exponential() -> tuple[np.ufunc, np.float32 | None]:
-    """The faster of two exponentials, and what to multiply its argument by."""
-    found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
-    if sys.platform == "linux" and not {"AVX512_SKX", "X86_V4"}.isdisjoint(found):
-        return np.exp2, np.float32(1 / math.log(2))  # twice as fast as exp there, scalar elsewhere
-    return np.exp, None
-
-
-EXPONENTIAL, SCALE = _fast_exponential()
 
 
 def many_single(
@@ -83,7 +72,7 @@ def _many_single(
         count = len(block)
         e = spare[:count]
         if not shift:  # before the other passes: it computes while the block comes from memory
-            _exponentials(block, e)
+            exponentials(block, e)
         chosen = block.argmax(axis=1, out=index[rows])
         low = np.minimum.reduce(block, axis=None)
         if shift := shift or not low >= -RANGE:  # the next blocks will need it too
@@ -114,20 +103,14 @@ def _require_finite(low: np.floating, high: np.floating) -> None:
         raise Unreadable
 
 
-def _exponentials(z: Table, out: Table) -> None:
-    if SCALE is not None:
-        z = np.multiply(z, SCALE, out=out)
-    EXPONENTIAL(z, out=out)
-
-
 def _falling_exponentials(e: Table, lowest: np.floating) -> None:
     """Of numbers from ``lowest`` to 0, in place; what is not a normal float32 becomes 0."""
     if lowest >= DEEPEST:
-        _exponentials(e, e)
+        exponentials(e, e)
         return
     deep = e < DEEPEST
-    np.maximum(e, DEEPEST, out=e)  # exp2 takes a hundred times as long for what lies below
-    _exponentials(e, e)
+    np.maximum(e, DEEPEST, out=e)  # exponentials may take a hundred times as long below
+    exponentials(e, e)
     np.copyto(e, 0, where=deep)
 
 

@@ -1,13 +1,12 @@
 """The first reading of a classifier's outputs with hard labels on the CPU, fast.
 
 Of every row come the predicted class, the confidence, whether it was right, the log score and the
-Brier score. The time goes into one exponential per logit, which NumPy takes more than twice as fast
-as torch, so that everything here is NumPy; :mod:`row_exponentials` takes those of many float32 logits
-per row in single precision. Rows are read in blocks that stay in the cache, by as many workers as
-torch has threads: NumPy lets go of the interpreter while it computes. No block depends on the number
-of workers, so that no result does, to the last bit. Few classes run along the first axis of a block,
-so that every operation is a long one; what is done to single numbers per row of many classes is done
-to thousands of rows at once.
+Brier score. Most of the time goes into one exponential per logit; :mod:`row_exponentials` takes those
+of many float32 logits per row in single precision. Rows are read in blocks that stay in the cache, by
+as many workers as torch has threads: NumPy and torch let go of the interpreter while they compute. No
+block depends on the number of workers, so that no result does, to the last bit. Few classes run along
+the first axis of a block, so that every operation is a long one; what is done to single numbers per
+row of many classes is done to thousands of rows at once.
 
 Logits are shifted by the largest of their row before anything else: rows that differ by a shift then
 have equal confidences to the last bit, and binned and ranking measures see their ties. Only float32
@@ -20,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffcal.calibration.metrics.exponentials import exponentials
 from diffcal.calibration.metrics.row_exponentials import many_single
 from diffcal.calibration.metrics.row_values import RowValues, Table, Unreadable, first_largest
+from diffcal.core.devices import one_thread
 from diffcal.core.workers import share_out
 
 __all__ = ["RowValues", "Unreadable", "read_rows"]
@@ -99,8 +100,9 @@ def read_rows(
                 rows = slice(start, min(start + size, n))
                 take(rows, values_of(rows, spare))
 
-    starts = range(0, n, size)
-    share_out(starts, min(torch.get_num_threads(), n * k // WORKER_ELEMENTS), work)
+    workers = min(torch.get_num_threads(), n * k // WORKER_ELEMENTS)
+    with one_thread():  # of each worker
+        share_out(range(0, n, size), workers, work)
 
 
 def _block_reader(scores: Tensor) -> Callable[[slice], Table]:
@@ -123,7 +125,7 @@ def _of_logits(block: Table, y: Table, spare: Table, with_scores: bool) -> RowVa
         raise Unreadable
     e -= np.expand_dims(top, axis)
     z_y = flat[places(y)] if with_scores else None
-    np.exp(e, out=e)
+    exponentials(e, e)
     norm = _sums(e, axis)
     right = predicted == y
     if z_y is None:

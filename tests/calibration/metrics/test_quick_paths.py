@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffcal.calibration.metrics import binning, inputs, row_exponentials, row_reading
+from diffcal.calibration.metrics import binning, exponentials, inputs, row_reading
 from diffcal.calibration.metrics.inputs import Confidences, Predictions
 from diffcal.calibration.metrics.profile import sort_with_order, sort_with_outcome
 from diffcal.core import workers
@@ -128,14 +128,24 @@ def test_errors_of_late_rows_are_clear_with_threads(set_threads, pools, k, kind)
     assert pools == [2]
 
 
-EXPONENTIALS = [(np.exp2, np.float32(1 / math.log(2))), (np.exp, None)]
+@pytest.mark.parametrize("by_numpy", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_equal_numbers_have_equal_exponentials_wherever_they_lie(monkeypatch, by_numpy, dtype):
+    monkeypatch.setattr(exponentials, "BY_NUMPY", by_numpy)
+    z = np.linspace(-80, 5, 300, dtype=dtype)
+    whole = np.empty_like(z)
+    exponentials.exponentials(z, whole)
+    np.testing.assert_allclose(whole, np.exp(z.astype(np.float64)), rtol=50 * np.finfo(dtype).eps)
+    for start, end in ((0, 1), (0, 7), (1, 12), (3, 34), (5, 300)):
+        part = z[start:end].copy()
+        exponentials.exponentials(part, part)
+        np.testing.assert_array_equal(part, whole[start:end])
 
 
-@pytest.mark.parametrize(("exponential", "scale"), EXPONENTIALS)
+@pytest.mark.parametrize("by_numpy", [True, False])
 @pytest.mark.parametrize("k", [64, 200, 5000])
-def test_single_precision_is_as_good_as_its_logits(monkeypatch, exponential, scale, k):
-    monkeypatch.setattr(row_exponentials, "EXPONENTIAL", exponential)
-    monkeypatch.setattr(row_exponentials, "SCALE", scale)
+def test_single_precision_is_as_good_as_its_logits(monkeypatch, by_numpy, k):
+    monkeypatch.setattr(exponentials, "BY_NUMPY", by_numpy)
     monkeypatch.setattr(row_reading, "BLOCK_ELEMENTS", 10 * k)
     generator = torch.Generator().manual_seed(k)
     z = torch.randn(120, k, generator=generator)
