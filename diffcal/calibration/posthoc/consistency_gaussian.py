@@ -22,6 +22,7 @@ samples; the expansion is ours.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -48,6 +49,9 @@ Blocks are shared among threads, each of which takes its own alone."""
 
 WORKER_ELEMENTS = 1 << 17
 """Entries that pay for a thread."""
+
+NARROW_ELEMENTS = 1 << 15
+"""The same with few classes, which need more buffers."""
 
 DEVICE_ELEMENTS = 1 << 20
 """Entries of a block elsewhere."""
@@ -92,18 +96,25 @@ class _Tables:
     weights: Float[Tensor, "q s"]
 
 
-# step, first and last node, depth, polynomials of A and B, inner; many classes have a narrow G'
+# by the most classes: step, first and last node, depth, polynomials of A and B, inner; many classes have
+# a narrow G' and add up errors of A
 SETTINGS = {
-    (torch.float32, False): (0.4, -6.4, 6.8, 10.0, 20, 20, 1),
-    (torch.float32, True): (0.25, -6.5, 7.0, 9.4, 20, 16, 4),
-    (torch.float64, False): (0.25, -8.5, 8.5, 14.0, 48, 48, 1),
-    (torch.float64, True): (0.125, -8.5, 9.0, 14.0, 48, 48, 8),
+    torch.float32: {
+        16: (0.5, -6.25, 5.25, 9.6, 16, 16, 1),
+        WIDE - 1: (0.4, -6.0, 6.4, 9.6, 18, 16, 1),
+        sys.maxsize: (0.25, -6.5, 7.0, 9.4, 20, 16, 4),
+    },
+    torch.float64: {
+        WIDE - 1: (0.25, -8.5, 8.5, 14.0, 48, 48, 1),
+        sys.maxsize: (0.125, -8.5, 9.0, 14.0, 48, 48, 8),
+    },
 }
 
 
 @lru_cache(maxsize=16)
-def _tables(dtype: torch.dtype, many: bool, device: str) -> _Tables:
-    step, first, last, depth, count, fewer, inner = SETTINGS[dtype, many]
+def _tables(dtype: torch.dtype, most: int, device: str) -> _Tables:
+    """For up to ``most`` classes, one of the numbers in the settings."""
+    step, first, last, depth, count, fewer, inner = SETTINGS[dtype][most]
     x = np.arange(first, last + step / 2, step)[:, None]
     points = 4 * count
     angle = np.pi * (np.arange(points) + 0.5) / points
@@ -139,42 +150,35 @@ def _expanded(values: np.ndarray, made: np.ndarray, angle: np.ndarray) -> np.nda
 def _basis(angle: np.ndarray, count: int, inner: int) -> np.ndarray:
     """The polynomials ``[r, points]`` that the buffers make of ``t = cos(angle)``, with rising a."""
 
-    def started(t: Tensor, size: int) -> list[Tensor]:
-        return [torch.ones_like(t), t, *(torch.empty_like(t) for _ in range(size - 2))]
-
-    def filled(made: list[Tensor]) -> list[Tensor]:
-        for step in _fill_by_products(made, made[0]):
+    def made(t: Tensor, size: int) -> Tensor:
+        made = t.new_ones(size, len(t))
+        made[1] = t
+        for step in _fill(list(made), made[0]):
             step()
         return made
 
     t = torch.from_numpy(np.cos(angle))
     if inner == 1:
-        made = started(t, count)
-        _fill_by_recurrence(made)
-        return torch.stack(made).numpy()
-    *first, outer = filled(started(t, inner + 1))
-    second = filled(started(outer, count // inner))
-    return (torch.stack(first)[:, None] * torch.stack(second)).flatten(0, 1).numpy()
+        return made(t, count).numpy()
+    *first, outer = made(t, inner + 1)
+    second = made(outer, count // inner)
+    return (torch.stack(first)[:, None] * second).flatten(0, 1).numpy()
 
 
-def _fill_by_recurrence(made: list[Tensor]) -> None:
-    """±T_r(t) for every r >= 2, from 1 and t."""
-    for r in range(2, len(made)):
-        sign = 2.0 if r % 2 else -2.0
-        torch.addcmul(made[r - 2], made[1], made[r - 1], value=sign, out=made[r])
-
-
-def _fill_by_products(made: list[Tensor], one: Tensor) -> list[Callable[[], object]]:
+def _fill(made: Tensor | list[Tensor], one: Tensor) -> list[Callable[[], object]]:
     """Steps to polynomials of every degree r >= 2 within ±1, from 1 and t: ±T_r for powers of 2, and
-    products of these, which take less memory traffic than a recurrence."""
-    steps = []
-    for r in range(2, len(made)):
-        power = 1 << r.bit_length() - 1
-        if r == power:
-            half = made[r // 2]
-            steps.append(partial(torch.addcmul, one, half, half, value=-2.0, out=made[r]))
+    products of these, which take less memory traffic than a recurrence. In one tensor, all products
+    with one power are one step."""
+    steps, power = [], 2
+    while power < len(made):
+        half, made_now = made[power // 2], min(power, len(made) - power)
+        steps.append(partial(torch.addcmul, one, half, half, value=-2.0, out=made[power]))
+        if isinstance(made, Tensor):
+            parts = [(made[1:made_now], made[power + 1 : power + made_now])]
         else:
-            steps.append(partial(torch.mul, made[power], made[r - power], out=made[r]))
+            parts = list(zip(made[1:made_now], made[power + 1 :], strict=False))
+        steps += [partial(torch.mul, made[power], lower, out=out) for lower, out in parts]
+        power *= 2
     return steps
 
 
@@ -203,8 +207,11 @@ def gaussian_consistency(
         factor, gap, axis = work.expand(z[rows]), work.gap, work.axis
         # 2 to a power is three times faster than exp
         factor.mul_(torch.addcmul(nothing, gap, gap, value=power, out=gap).exp2_())
-        target = out[rows] if axis else out[rows].t()
-        torch.div(factor, factor.sum(dim=axis, keepdim=True), out=target)
+        total = factor.sum(dim=axis, keepdim=True)
+        if axis:
+            torch.div(factor, total, out=out[rows])
+        else:
+            _lay_out(factor.div_(total), out[rows].t())
 
     _by_blocks(z, epsilon, law)
     return out
@@ -235,7 +242,8 @@ def _by_blocks(
     n, k = z.shape
     on_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
     workers = min(torch.get_num_threads(), n * k // WORKER_ELEMENTS) if on_cpu else 1
-    size = max(1, (BLOCK_ELEMENTS if on_cpu else DEVICE_ELEMENTS) // k)
+    elements = BLOCK_ELEMENTS if k >= WIDE else NARROW_ELEMENTS
+    size = max(1, (elements if on_cpu else DEVICE_ELEMENTS) // k)
     starts = range(0, n, size)
     # less work for each call; a mode belongs to a thread
     inference = on_cpu or torch.is_inference_mode_enabled()
@@ -269,12 +277,15 @@ class _Buffers:
     def __init__(self, rows: int, shape: tuple[int, int], like: Tensor, epsilon: float) -> None:
         self.rows = rows
         classes = like.shape[1]
-        tables = self.tables = _tables(like.dtype, classes >= WIDE, str(like.device))
+        most = next(most for most in SETTINGS[like.dtype] if classes <= most)
+        tables = self.tables = _tables(like.dtype, most, str(like.device))
         count, nodes = tables.log_g.shape
         fewer = tables.weights.shape[1]
         self.gap = like.new_empty(shape)
-        self.moments, self.weights = like.new_empty((rows, count)), like.new_empty((rows, fewer))
-        self.products = like.new_empty((rows, nodes))
+        self.moments, self.products, self.weights = (
+            like.new_empty((rows, size) if self.axis else (size, rows))
+            for size in (count, nodes, fewer)
+        )
         self.steps: list[Callable[[], object]] = []
 
     def variable(self, out: Tensor, epsilon: float) -> None:
@@ -290,16 +301,20 @@ class _Buffers:
 
     def sums_over_nodes(self, classes: int) -> None:
         """Steps from the polynomials' sums over classes to Σ B G/Φ: ``moments`` to ``weights``."""
-        tables, products = self.tables, self.products
+        tables, products, moments, weights = self.tables, self.products, self.moments, self.weights
         # an equal share of -log Φ(x) for each class goes where the constant polynomial is
         log_g = tables.log_g.clone()
         log_g[tables.constant] -= tables.log_first / classes
+        if self.axis:
+            to_nodes, to_weights = (moments, log_g), (products, tables.weights)
+        else:
+            to_nodes, to_weights = (log_g.t(), moments), (tables.weights.t(), products)
         lowest = NEGLIGIBLE[products.dtype]
         self.steps += [
-            partial(torch.mm, self.moments, log_g, out=products),
+            partial(torch.mm, *to_nodes, out=products),
             partial(torch.clamp, products, min=lowest, out=products),
             partial(torch.exp2, products, out=products),
-            partial(torch.mm, products, tables.weights, out=self.weights),
+            partial(torch.mm, *to_weights, out=weights),
         ]
 
 
@@ -311,31 +326,35 @@ class _Narrow(_Buffers):
     def __init__(self, rows: int, like: Tensor, epsilon: float) -> None:
         k = like.shape[1]
         super().__init__(rows, (k, rows), like, epsilon)
-        basis = like.new_empty((self.moments.shape[1], k, rows))
-        basis[0] = 1
-        made, factor = list(basis), like.new_empty((k, rows))
+        count, fewer = len(self.moments), len(self.weights)
+        half = 1 << (fewer - 1).bit_length() - 1
+        # the parts of the second sum lie over polynomials of the first one that they do not take
+        memory = like.new_empty((max(count, 2 * half + 1), k, rows))
+        made, parts = memory[:count], memory[half + 1 :][:half]
+        made[0] = 1
         self.variable(made[1], epsilon)
-        self.steps.append(partial(_fill_by_recurrence, made))
-        sums = like.new_empty((len(made), rows))
         self.steps += [
-            partial(torch.sum, basis, dim=1, out=sums),
-            partial(self.moments.copy_, sums.t()),
+            *_fill(made, like.new_ones(())),
+            partial(torch.sum, made, dim=1, out=self.moments),
         ]
         self.sums_over_nodes(k)
-        weights = like.new_empty((self.weights.shape[1], 1, rows))
+        weights = self.weights.unsqueeze(1)
+        twice = fewer - half
+        self.steps.append(
+            partial(torch.addcmul, weights[:twice], made[half], weights[half:], out=parts[:twice])
+        )
+        if twice < half:
+            self.steps.append(partial(parts[twice:].copy_, weights[twice:half]))
         self.steps += [
-            partial(weights.copy_, self.weights.t().unsqueeze(1)),
-            partial(torch.mul, made[1], weights[1], out=factor),
-            partial(factor.add_, weights[0]),
+            *_sum_by_halves(parts, made),
+            partial(parts[0].clamp_, min=FLOOR[like.dtype]),
         ]
-        pairs = zip(made[2:], weights[2:], strict=False)
-        self.steps += [partial(factor.addcmul_, *pair) for pair in pairs]
-        self.steps.append(partial(factor.clamp_, min=FLOOR[like.dtype]))
-        self.factor = factor
+        self.factor = parts[0]
 
     def expand(self, z: Float[Tensor, "b k"]) -> Float[Tensor, "k b"]:
         """``c exp(u²/4)``; :attr:`gap` becomes ``z - max z``."""
-        torch.sub(z.t(), z.amax(dim=1), out=self.gap)
+        _lay_out(z.t(), self.gap)
+        self.gap.sub_(self.gap.amax(dim=0))
         for step in self.steps:
             step()
         return self.factor
@@ -363,8 +382,8 @@ class _Wide(_Buffers):
         one = like.new_ones(())
         self.variable(first[1], epsilon)
         self.steps += [
-            *_fill_by_products(first, one),
-            *_fill_by_products(list(second), one),
+            *_fill(first, one),
+            *_fill(second, one),
             partial(
                 torch.bmm,
                 by_row,
@@ -390,15 +409,27 @@ class _Wide(_Buffers):
         return self.factor
 
 
-def _sum_by_halves(parts: Tensor, made: list[Tensor]) -> list[Callable[[], object]]:
-    """Steps to ``Σ_a P_a parts_a`` in ``parts[0]``, where P_a is as :func:`_fill_by_products` makes it
-    and the number of parts a power of 2."""
+def _sum_by_halves(parts: Tensor, made: Tensor | list[Tensor]) -> list[Callable[[], object]]:
+    """Steps to ``Σ_a P_a parts_a`` in ``parts[0]``, where P_a is as :func:`_fill` makes it and the
+    number of parts a power of 2."""
     steps, half = [], len(parts) // 2
     while half:
         left, right = parts[:half], parts[half : 2 * half]
         steps.append(partial(torch.addcmul, left, made[half], right, out=left))
         half //= 2
     return steps
+
+
+def _lay_out(values: Tensor, out: Tensor) -> None:
+    """Copy between layouts, on the CPU with NumPy, which needs less than half of torch's time."""
+    if (
+        values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and values.dtype == out.dtype
+    ):
+        np.copyto(out.numpy(), values.detach().numpy())
+    else:
+        out.copy_(values)
 
 
 def _combined(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:

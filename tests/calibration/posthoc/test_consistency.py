@@ -321,7 +321,8 @@ def test_many_classes_in_single_precision(spread):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [10, 100])
 def test_threads_and_modes_change_no_bit(monkeypatch, dtype, k):
-    monkeypatch.setattr(consistency_gaussian, "BLOCK_ELEMENTS", 700)
+    for name in ("BLOCK_ELEMENTS", "NARROW_ELEMENTS"):
+        monkeypatch.setattr(consistency_gaussian, name, 700)
     monkeypatch.setattr(consistency_gaussian, "WORKER_ELEMENTS", 1)
     z = rows(203, k, 3.0).to(dtype)
     before = torch.get_num_threads()
