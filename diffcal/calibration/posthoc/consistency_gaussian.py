@@ -171,13 +171,13 @@ def _fill(made: Tensor | list[Tensor], one: Tensor) -> list[Callable[[], object]
     with one power are one step."""
     steps, power = [], 2
     while power < len(made):
-        half, made_now = made[power // 2], min(power, len(made) - power)
+        half, more = made[power // 2], min(power, len(made) - power) - 1
         steps.append(partial(torch.addcmul, one, half, half, value=-2.0, out=made[power]))
         if isinstance(made, Tensor):
-            parts = [(made[1:made_now], made[power + 1 : power + made_now])]
+            pairs = [(made[1:][:more], made[power + 1 :][:more])] if more else []
         else:
-            parts = list(zip(made[1:made_now], made[power + 1 :], strict=False))
-        steps += [partial(torch.mul, made[power], lower, out=out) for lower, out in parts]
+            pairs = zip(made[1:][:more], made[power + 1 :][:more], strict=True)
+        steps += [partial(torch.mul, made[power], factor, out=out) for factor, out in pairs]
         power *= 2
     return steps
 
