@@ -116,25 +116,33 @@ def test_speed_figures():
     assert f"comes to {fidelity:.3f} of the exact scores of its own kernel" in text
     posthoc = json.loads((ROOT / "benchmarks/posthoc_speed.json").read_text("utf-8"))
     ten, thousand = posthoc["1000000x10"], posthoc["50000x1000"]
-    for results, part, shown in (
-        (ten, "ratios", "takes {:.1f} times our\ntemperature scaling at 10"),
-        (thousand, "ratios", "{:.1f} times at 1 000"),
-        (thousand, "ratios_to_torch", "({:.1f} times torch's"),
-    ):
-        ratio = results[part]["consistency_gaussian"]["processor"]
-        assert " ".join(shown.format(ratio).split()) in text
+    law = "consistency_gaussian"
+    both = {f"{size['ratios'][law]['processor']:.1f}" for size in (ten, thousand)}
+    assert len(both) == 1
+    shown = f"takes {both.pop()} times our temperature scaling at 10 classes and at 1 000, without"
+    assert shown in text
     for name, kind, shown in (
-        ("alone", "processor", "the other methods it is {:.1f} ([posthoc"),
-        ("two_cores", "clock", "on two cores {:.1f} by the clock ([posthoc"),
+        ("alone", "processor", "the other methods {:.1f} and {:.1f} ([posthoc"),
+        ("two_cores", "clock", "on two cores {:.1f} and {:.1f} by the clock,"),
+        ("two_cores", "processor", "{:.1f} and {:.1f} in processor time ([posthoc"),
     ):
         path = ROOT / f"benchmarks/posthoc_speed_{name}.json"
-        ratios = json.loads(path.read_text("utf-8"))["50000x1000"]["ratios"]
-        assert shown.format(ratios["consistency_gaussian"][kind]) in text
+        found = json.loads(path.read_text("utf-8"))
+        both = [found[size]["ratios"][law][kind] for size in sizes.values()]
+        assert shown.format(*both) in text
+    law = "consistency_uniform"
     path = ROOT / "benchmarks/posthoc_speed_uniform.json"
-    now = json.loads(path.read_text("utf-8"))["1000000x10"]
-    after, before = (one["ratios"]["consistency_uniform"]["processor"] for one in (now, ten))
-    assert f"uniform noise {after:.1f} times" in text
-    assert f"; {before:.1f} before its last change)" in text
+    other = json.loads(path.read_text("utf-8"))["1000000x10"]
+    both = [one["ratios"][law]["processor"] for one in (ten, other)]
+    assert "Uniform noise takes {:.1f} times there, and {:.1f} on".format(*both) in text
+    path = ROOT / "benchmarks/metrics_speed_avx2.json"
+    avx2 = [json.loads(path.read_text("utf-8"))[size]["ratios"] for size in sizes.values()]
+    for name, shown in (
+        ("torchmetrics_over_ours", "torchmetrics takes {:.1f} and {:.1f} times our time,"),
+        ("netcal_over_ours_from_probabilities", "netcal {:.1f} and {:.1f} from probabilities"),
+        ("netcal_over_ours_from_logits", "{:.1f} and {:.1f} from logits. Pointwise"),
+    ):
+        assert shown.format(*(ratios[name]["cpu"] for ratios in avx2)) in text
 
 
 def test_cifar10_control_figures():
