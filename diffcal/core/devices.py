@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from threading import Lock, local
 
 import torch
 from torch import nn
@@ -45,16 +46,37 @@ def resolve_dtype(name: str) -> torch.dtype:
         raise ConfigError(f"unknown number format '{name}': use {', '.join(_DTYPES)}") from None
 
 
+class _Threads:
+    """How many threads torch had before the first of those now inside :func:`one_thread`."""
+
+    lock = Lock()
+    inside = 0
+    before = 1
+    mine = local()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Torch on one CPU thread, for results that must not depend on how many a process has.
 
     Matrix products and factorisations split their sums over threads. Convolutions do not, and the
-    networks' passes keep all threads.
+    networks' passes keep all threads. Several threads of a program may be inside at once, and enter
+    again; each gets back the number that there was before the first came.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if getattr(_Threads.mine, "inside", False):
+        yield
+        return
+    with _Threads.lock:
+        if not _Threads.inside:
+            _Threads.before = torch.get_num_threads()
+        _Threads.inside += 1
+        before = _Threads.before
+        torch.set_num_threads(1)
+    _Threads.mine.inside = True
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        _Threads.mine.inside = False
+        with _Threads.lock:
+            _Threads.inside -= 1
+            torch.set_num_threads(before)

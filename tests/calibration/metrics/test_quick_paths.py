@@ -22,10 +22,17 @@ def plainly_read(monkeypatch, **given):
         return Predictions(**given)
 
 
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("k", [2, 10, 63, 64, 300])
 @pytest.mark.parametrize("whole", [False, True])
-def test_first_reading(monkeypatch, dtype, k, whole):
+def test_first_reading(monkeypatch, set_threads, dtype, k, whole):
     torch.manual_seed(k)
     z = torch.randn(400, k) * 4
     z = (z.round() if whole else z).to(dtype)  # whole numbers tie
@@ -34,7 +41,7 @@ def test_first_reading(monkeypatch, dtype, k, whole):
     monkeypatch.setattr(row_reading, "FEW_ELEMENTS", 25 * k)
     monkeypatch.setattr(row_reading, "MANY_ELEMENTS", 120 * k)
     monkeypatch.setattr(row_reading, "WORKER_ELEMENTS", 1)
-    monkeypatch.setattr(row_reading.torch, "get_num_threads", lambda: 3)
+    set_threads(3)
     kind = torch.float64 if dtype == torch.float64 else torch.float32
     shapes = ({"logits": z}, {"logits": z.t().contiguous().t()}, {"probs": z.to(kind).softmax(1)})
     for given in shapes:
@@ -70,13 +77,6 @@ def pools(monkeypatch):
 
     monkeypatch.setattr(workers, "ThreadPoolExecutor", recorded)
     return opened
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("small_blocks")
