@@ -18,6 +18,7 @@ from diffcal.calibration.losses.row_blocks import (
     row_blocks,
 )
 from diffcal.calibration.losses.statistics_blocks import UNDERFLOWN
+from diffcal.core.tensors import lay_out
 from diffcal.errors import ConfigError
 
 __all__ = [
@@ -163,7 +164,7 @@ def _values(
             values = plain(part, q, dim)
         parts.append(values)
         if out is not None and grad is not None and dim == 0:
-            out[rows] = grad.t()
+            lay_out(grad.t(), out[rows])
     return torch.cat(parts), out
 
 

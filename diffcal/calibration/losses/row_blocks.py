@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from diffcal.calibration.losses.contract import Rows
+from diffcal.core.tensors import lay_out
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -75,7 +76,8 @@ def block_of(
     """Logits and targets of some rows, with the classes on axis ``dim``."""
 
     def turned(x: Tensor) -> Tensor:
-        return x[rows].t().contiguous() if dim == 0 else x[rows]
+        part = x[rows]
+        return lay_out(part.t(), part.new_empty(part.shape[::-1])) if dim == 0 else part
 
     return (
         turned(z),
@@ -117,5 +119,5 @@ class _BlockedFormula(torch.autograd.Function):
             with torch.enable_grad():
                 values = formula(block, targets[0], targets[1], dim)
             (grad,) = torch.autograd.grad(values, block, slope[rows])
-            out[rows] = grad if dim == 1 else grad.t()
+            lay_out(grad if dim == 1 else grad.t(), out[rows])
         return out, None, None, None, None

@@ -34,6 +34,7 @@ from diffcal.calibration.losses.statistics_blocks import (
     block_gradient,
     block_statistics,
 )
+from diffcal.core.tensors import lay_out
 
 __all__ = ["RowStatistics", "row_statistics"]
 
@@ -181,5 +182,5 @@ class _BlockedStatistics(torch.autograd.Function):
             target = out[rows] if dim == 1 else torch.empty_like(block[0])
             block_gradient(*block, replace(wanted, dim=dim), slopes, known, target)
             if dim == 0:
-                out[rows] = target.t()
+                lay_out(target.t(), out[rows])
         return out, None, None, None

@@ -35,6 +35,7 @@ from scipy.special import log_ndtr
 from torch import Tensor
 
 from diffcal.core.devices import one_thread
+from diffcal.core.tensors import lay_out
 from diffcal.core.workers import share_out
 
 __all__ = ["gaussian_consistency", "gaussian_log_consistency"]
@@ -211,7 +212,7 @@ def gaussian_consistency(
         if axis:
             torch.div(factor, total, out=out[rows])
         else:
-            _lay_out(factor.div_(total), out[rows].t())
+            lay_out(factor.div_(total), out[rows].t())
 
     _by_blocks(z, epsilon, law)
     return out
@@ -353,7 +354,7 @@ class _Narrow(_Buffers):
 
     def expand(self, z: Float[Tensor, "b k"]) -> Float[Tensor, "k b"]:
         """``c exp(u²/4)``; :attr:`gap` becomes ``z - max z``."""
-        _lay_out(z.t(), self.gap)
+        lay_out(z.t(), self.gap)
         self.gap.sub_(self.gap.amax(dim=0))
         for step in self.steps:
             step()
@@ -418,18 +419,6 @@ def _sum_by_halves(parts: Tensor, made: Tensor | list[Tensor]) -> list[Callable[
         steps.append(partial(torch.addcmul, left, made[half], right, out=left))
         half //= 2
     return steps
-
-
-def _lay_out(values: Tensor, out: Tensor) -> None:
-    """Copy between layouts, on the CPU with NumPy, which needs less than half of torch's time."""
-    if (
-        values.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and values.dtype == out.dtype
-    ):
-        np.copyto(out.numpy(), values.detach().numpy())
-    else:
-        out.copy_(values)
 
 
 def _combined(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:
