@@ -85,6 +85,15 @@ def test_speed_figures():
     name = "netcal_over_ours_from_logits"
     both = [two[size]["ratios"][name]["clock"] for size in sizes.values()]
     assert "from logits {:.1f} and {:.1f} ([metrics_speed_two_cores".format(*both) in text
+    losses = json.loads((ROOT / "benchmarks/losses_speed_avx2.json").read_text("utf-8"))
+    ends = {}
+    for kind, rows in losses["1000000x10"].items():
+        others = {"torch", "mdca", "dca", "dual_focal", "dual_focal_gra"}
+        pointwise = [row["ratio"] for name, row in rows.items() if name not in others]
+        ends[kind] = min(pointwise), max(pointwise)
+    assert "they take {:.2f} to {:.1f} times of it with hard labels".format(*ends["hard"]) in text
+    assert "{:.2f} to {:.1f} with soft ones".format(*ends["soft"]) in text
+    assert f"up to {ends['mixed'][1]:.1f} with mixed ones" in text
     kernel = json.loads((ROOT / "benchmarks/attribution_kernel.json").read_text("utf-8"))
     assert f"{kernel['kernel']['seconds']:.0f} s on two cores" in README
     gradients = json.loads((ROOT / "benchmarks/gradient_speed.json").read_text("utf-8"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffcal.core.tensors import as_tensor
+from diffcal.core.tensors import as_tensor, lay_out
 from diffcal.errors import DataError
 
 VALUES = np.array([[0.1, 0.7], [0.3, -2.5], [1e300, 4.0]])
@@ -69,3 +69,14 @@ def test_a_read_only_array_is_taken_without_a_warning_or_a_copy():
 def test_what_is_no_array_of_numbers_is_refused_by_name(values, message):
     with pytest.raises(DataError, match=message):
         as_tensor(values, "labels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_lay_out_copies_between_strides_without_a_gradient(dtype):
+    values = torch.arange(12, dtype=dtype).view(3, 4).requires_grad_()
+    out = torch.zeros(4, 3, dtype=dtype)
+    assert lay_out(values.t(), out) is out
+    assert not out.requires_grad
+    assert torch.equal(out, values.detach().t())
+    wide = torch.zeros(3, 4, dtype=torch.float64)
+    assert torch.equal(lay_out(values, wide), values.detach().double())
